@@ -1,0 +1,30 @@
+"""glider_dist: large pools of LoRA experts behind one model."""
+
+from glider_dist.config import RouterConfig
+from glider_dist.errors import GliderError
+from glider_dist.model.attach import (
+    assign_experts,
+    attach_pool,
+    detach,
+    query_scores,
+    reset_routing_stats,
+    routing_stats,
+    set_router,
+)
+from glider_dist.pool import ExpertPool, Fingerprint
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExpertPool",
+    "Fingerprint",
+    "GliderError",
+    "RouterConfig",
+    "assign_experts",
+    "attach_pool",
+    "detach",
+    "query_scores",
+    "reset_routing_stats",
+    "routing_stats",
+    "set_router",
+]

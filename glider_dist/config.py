@@ -1,0 +1,167 @@
+"""Every setting of every stage, as typed dataclasses. ``cli.py`` fills them from YAML and ``key=value``.
+
+The text after ``doc=`` is what ``glider-dist STAGE --help`` prints. Values are checked twice: types by
+OmegaConf when the configuration is read, ranges and choices by :meth:`Config.validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from glider_dist.errors import GliderError
+
+
+def _setting(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"doc": doc, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TasksConfig:
+    source: str = _setting("procedural", "where tasks come from", ("procedural", "jsonl", "datasets"))
+    path: str | None = _setting(None, "jsonl: the folder with tasks.json; datasets: a JSON file that maps data sets")
+    held_in: list[str] = _setting([], "names of tasks to train experts for; empty: every task whose split is held_in")
+    held_out: list[str] = _setting([], "names of tasks to evaluate only; empty: every task whose split is held_out")
+    limit: int | None = _setting(None, "examples per task and split at most; None: all (procedural: 512/64/64)")
+    max_length: int = _setting(512, "tokens per example at most, prompt and answer together")
+
+
+@dataclass
+class TrainConfig:
+    max_steps: int = _setting(1000, "optimizer steps per expert")
+    gate_steps: int = _setting(100, "optimizer steps per gate")
+    batch_size: int = _setting(16, "examples per step and expert")
+    gate_batch_size: int | None = _setting(None, "examples per step and gate; None: train.batch_size")
+    micro_batch_size: int | None = _setting(None, "examples per forward; None: the whole batch at once")
+    learning_rate: float = _setting(5e-3, "AdamW learning rate of the experts")
+    gate_learning_rate: float = _setting(5e-3, "AdamW learning rate of the gates")
+    weight_decay: float = _setting(0.0, "AdamW weight decay")
+    warmup_ratio: float = _setting(0.06, "share of the steps with linear warm-up; constant afterwards")
+    max_grad_norm: float = _setting(1.0, "clip each expert's gradient norm at this value; 0: no clipping")
+    eval_every: int = _setting(100, "validate every so many steps and at the end; the best weights are kept")
+    eval_examples: int = _setting(64, "validation examples per task and validation")
+    gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass to save memory")
+
+
+@dataclass
+class LoraConfig:
+    rank: int = _setting(16, "rank r of A [r, d_in] and B [d_out, r]")
+    alpha: float = _setting(1.0, "lora_alpha; the expert's output is scaled by alpha / rank")
+    targets: list[str] = _setting(
+        [], "end of the names of the linear layers to adapt; empty: every linear layer but the output head"
+    )
+
+
+@dataclass
+class MeshConfig:
+    expert_parallel: int = _setting(1, "ranks that share one copy of the pool (1: every rank holds every expert)")
+
+
+@dataclass
+class RouterConfig:
+    """How tokens choose experts. ``gd.RouterConfig`` is this class.
+
+    ``alpha_in``, ``alpha_out`` and ``threshold`` left at None take the pool's calibration, else 100, 3 and 0.5.
+    """
+
+    kind: str = _setting(
+        "glider", "routing strategy", ("glider", "phatgoose", "global", "arrow", "merged", "oracle", "base")
+    )
+    top_k: int = _setting(2, "experts per token")
+    top_p: float | None = _setting(None, "if set, replaces top_k: keep the smallest set with this probability")
+    top_p_max: int = _setting(8, "experts per token at most under top_p")
+    alpha_in: float | None = _setting(None, "weight of the global score when some expert describes the query")
+    alpha_out: float | None = _setting(None, "weight of the global score otherwise")
+    threshold: float | None = _setting(None, "cosine over which an expert counts as describing the query")
+    temperature: float = _setting(1.0, "softmax temperature of arrow")
+    shortlist: int | None = _setting(None, "consider only the M globally nearest experts of each query; None: all")
+
+
+@dataclass
+class EvaluateConfig:
+    routers: list[str] = _setting(
+        ["base", "merged", "phatgoose", "glider", "oracle"], "rows of the table, in order"
+    )
+    queries: int = _setting(100, "test queries per task at most")
+    batch_size: int = _setting(64, "queries per generation batch; different tasks share a batch")
+    max_new_tokens: int = _setting(16, "answer length at most, in tokens")
+    rank_classification: bool = _setting(False, "also score tasks with choices by the likelihood of each choice")
+    bootstrap: int = _setting(1000, "bootstrap samples of the 95 % intervals")
+
+
+@dataclass
+class CalibrateConfig:
+    queries: int = _setting(16, "validation queries per held-in task")
+    alphas: list[float] = _setting([1.0, 3.0, 10.0, 20.0, 50.0, 100.0], "candidate values of alpha_in and alpha_out")
+
+
+@dataclass
+class Config:
+    base: str = _setting("smollm2-135m", "base model: smollm2-135m, a hub id, a model folder or a .gguf file")
+    pool: str | None = _setting(None, "the pool's folder; None: run_dir/pool for quickstart, an error elsewhere")
+    run_dir: str | None = _setting(None, "config, log, metrics and results go here; None: runs/STAGE")
+    seed: int = _setting(0, "seed of tasks, initial weights, data order and bootstrap")
+    device: str = _setting("auto", "device of the base model", ("auto", "cpu", "cuda"))
+    dtype: str = _setting("auto", "dtype of the base model; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16"))
+    zero_stage: int = _setting(0, "0: the base replicated on every rank; 3: sharded over the ranks by ZeRO 3")
+    embedder: str = _setting("all-minilm-l6-v2", "sentence-transformers id or folder; the default needs no network")
+    tracking: str = _setting("offline", "Weights & Biases mode", ("offline", "online", "off"))
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def validate(self) -> None:
+        """Check ranges that types cannot express.
+
+        Raises:
+            GliderError: naming the setting, its value and what is allowed.
+        """
+        positive = {
+            "train.max_steps": self.train.max_steps,
+            "train.gate_steps": self.train.gate_steps,
+            "train.batch_size": self.train.batch_size,
+            "train.learning_rate": self.train.learning_rate,
+            "train.gate_learning_rate": self.train.gate_learning_rate,
+            "train.eval_every": self.train.eval_every,
+            "train.eval_examples": self.train.eval_examples,
+            "lora.rank": self.lora.rank,
+            "lora.alpha": self.lora.alpha,
+            "router.top_k": self.router.top_k,
+            "router.top_p_max": self.router.top_p_max,
+            "router.temperature": self.router.temperature,
+            "evaluate.queries": self.evaluate.queries,
+            "evaluate.batch_size": self.evaluate.batch_size,
+            "evaluate.max_new_tokens": self.evaluate.max_new_tokens,
+            "evaluate.bootstrap": self.evaluate.bootstrap,
+            "calibrate.queries": self.calibrate.queries,
+            "tasks.max_length": self.tasks.max_length,
+            "mesh.expert_parallel": self.mesh.expert_parallel,
+        }
+        optional = {
+            "tasks.limit": self.tasks.limit,
+            "train.micro_batch_size": self.train.micro_batch_size,
+            "train.gate_batch_size": self.train.gate_batch_size,
+            "router.shortlist": self.router.shortlist,
+        }
+        positive.update({key: value for key, value in optional.items() if value is not None})
+        for key, value in positive.items():
+            if value <= 0:
+                raise GliderError(f"{key} is {value}, but must be greater than 0")
+        if self.zero_stage not in (0, 3):
+            raise GliderError(f"zero_stage is {self.zero_stage}, but a frozen base is replicated (0) or sharded (3)")
+        if self.router.top_p is not None and not 0 < self.router.top_p <= 1:
+            raise GliderError(f"router.top_p is {self.router.top_p}, but must lie in (0, 1]")
+        if not 0 <= self.train.warmup_ratio < 1:
+            raise GliderError(f"train.warmup_ratio is {self.train.warmup_ratio}, but must lie in [0, 1)")
+        if not self.calibrate.alphas or min(self.calibrate.alphas) < 0:
+            raise GliderError("calibrate.alphas must name at least one value, none of them negative")
+        both = set(self.tasks.held_in) & set(self.tasks.held_out)
+        if both:
+            raise GliderError(f"task {sorted(both)[0]!r} is in tasks.held_in and in tasks.held_out; keep it in one")

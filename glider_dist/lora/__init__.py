@@ -1,0 +1,1 @@
+"""Stacked expert weights and the grouped products over them."""

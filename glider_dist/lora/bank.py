@@ -1,0 +1,105 @@
+"""Experts stacked per site: the form in which they are computed, trained and moved.
+
+Legend: E experts, r rank (padded to the largest of the site, and to a multiple of 8), d_in and d_out widths.
+Padding with zero rows of A and zero columns of B changes no output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from glider_dist.pool.adapter import SiteLora
+
+RANK_MULTIPLE = 8
+
+
+@dataclass
+class SiteBank:
+    """All experts of one site.
+
+    Attributes:
+        A: ``[E, r, d_in]``.
+        B: ``[E, d_out, r]``.
+        scale: ``[E]`` fp32, the factor on ``B A`` (lora_alpha / r, or / sqrt(r) for rsLoRA).
+        eligible: ``[E]`` bool; False where an expert does not adapt this site.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: torch.Tensor
+    eligible: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.all_eligible = bool(self.eligible.all())
+
+    @property
+    def num_experts(self) -> int:
+        return self.A.shape[0]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> SiteBank:
+        return replace(
+            self,
+            A=self.A.to(device, dtype),
+            B=self.B.to(device, dtype),
+            scale=self.scale.to(device),
+            eligible=self.eligible.to(device),
+        )
+
+    def nbytes(self) -> int:
+        return self.A.nbytes + self.B.nbytes
+
+
+def stack_site(loras: list[SiteLora | None], shape: tuple[int, int], dtype: torch.dtype) -> SiteBank:
+    """Stack one site of E experts; None where an expert does not adapt it.
+
+    Args:
+        loras: one entry per expert, in the pool's order.
+        shape: ``(d_out, d_in)`` of the site.
+        dtype: dtype of the stacked weights.
+    """
+    d_out, d_in = shape
+    rank = max((lora.A.shape[0] for lora in loras if lora is not None), default=1)
+    rank = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+    a_Erd = torch.zeros(len(loras), rank, d_in, dtype=dtype)
+    b_Eor = torch.zeros(len(loras), d_out, rank, dtype=dtype)
+    scale = torch.zeros(len(loras))
+    for index, lora in enumerate(loras):
+        if lora is not None:
+            a_Erd[index, : lora.A.shape[0]] = lora.A
+            b_Eor[index, :, : lora.B.shape[1]] = lora.B
+            scale[index] = lora.scale
+    return SiteBank(a_Erd, b_Eor, scale, torch.tensor([lora is not None for lora in loras]))
+
+
+def merge_site(bank: SiteBank) -> SiteBank:
+    """The mean of the experts' ``s B A`` as one expert of rank E·r (exact, nothing is truncated).
+
+    Experts that do not adapt the site count as zero, as in PEFT's ``add_weighted_adapter`` with equal weights.
+    """
+    a_1Rd = bank.A.flatten(0, 1)[None]
+    weighted_Eor = bank.B * (bank.scale / bank.num_experts).to(bank.B.dtype)[:, None, None]
+    b_1oR = weighted_Eor.permute(1, 0, 2).flatten(1)[None]
+    return SiteBank(a_1Rd.contiguous(), b_1oR.contiguous(), bank.scale.new_ones(1), bank.eligible.any()[None])
+
+
+def initial_site(
+    names: Iterable[str], site: str, shape: tuple[int, int], rank: int, alpha: float, seed: int
+) -> SiteBank:
+    """Fresh fp32 experts: A ~ N(0, 0.01²), B = 0 (PHATGOOSE, ``moe_lora_rank16.gin``).
+
+    The values follow from the seed, the expert's name and the site alone, so an expert starts the same
+    wherever and with whomever it is trained.
+    """
+    d_out, d_in = shape
+    rows = []
+    for name in names:
+        digest = hashlib.sha256(f"{seed}/{name}/{site}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        rows.append(torch.randn(rank, d_in, generator=generator) * 0.01)
+    count = len(rows)
+    scale = torch.full((count,), alpha / rank)
+    return SiteBank(torch.stack(rows), torch.zeros(count, d_out, rank), scale, torch.ones(count, dtype=torch.bool))

@@ -1,0 +1,48 @@
+"""The routed linear: the base layer, called as a module, plus the experts that its context chooses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from glider_dist.lora.apply import add_experts, add_single_expert, plan_rows
+from glider_dist.model.context import RoutingContext
+
+
+class RoutedLinear(nn.Module):
+    """Wraps one linear layer. The base layer's weight is never read, so that ZeRO 3, quantised and
+    tensor-parallel layers work underneath; the experts live in the context, outside the module tree.
+    """
+
+    def __init__(self, base: nn.Module, site: str, stack: str, context: RoutingContext):
+        super().__init__()
+        self.base = base
+        self.site = site
+        self.stack = stack
+        self.__dict__["context"] = context
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models look at a layer's weight before they call it (T5 asks wo for its dtype).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)
+        context: RoutingContext = self.__dict__["context"]
+        bank = context.bank(self.site)
+        if bank is None:
+            return y
+        x_Td, y_To = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if bank.num_experts == 1 and context.always_on:
+            weight = context.gate_weight(self.site, x_Td) if context.gated else None
+            return add_single_expert(y_To, x_Td, bank, weight).view_as(y)
+        tokens = context.stacks.tokens_of(self.stack, x)
+        route = context.route(self.site, x, tokens, bank)
+        plan = plan_rows(route, bank.num_experts)
+        context.count(self.site, plan.counts)
+        return add_experts(y_To, x_Td, bank, plan, tokens.keep).view_as(y)
+

@@ -1,0 +1,80 @@
+"""Sites: the linear layers of a base model that experts may adapt, found from the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from glider_dist.errors import GliderError
+from glider_dist.pool import Fingerprint
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear layer: its dotted name, the module, and ``(d_out, d_in)``."""
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, int]
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    # Widths, not weight.shape: ZeRO 3 and quantised layers keep no full weight.
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nx"):
+        return int(module.nf), int(module.nx)  # type: ignore[arg-type]
+    return None
+
+
+def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str, Site]:
+    """Every linear layer but the output head, in the model's order.
+
+    Args:
+        targets: keep the layers whose dotted name ends with one of these; empty or None keeps all.
+
+    Raises:
+        GliderError: if a target names no layer.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    sites = {}
+    for name, module in model.named_modules():
+        shape = _shape(module)
+        if shape is not None and module is not head:
+            sites[name] = Site(name, module, shape)
+    if not targets:
+        return sites
+    for target in targets:
+        if not any(_ends_with(name, target) for name in sites):
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in sites})
+            raise GliderError(f"lora.targets: no linear layer ends with {target!r}; the model has {', '.join(kinds)}")
+    return {name: site for name, site in sites.items() if any(_ends_with(name, target) for target in targets)}
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def peft_targets(chosen: dict[str, Site], model: nn.Module) -> list[str]:
+    """The shortest ``target_modules`` with which PEFT finds exactly these layers: last names, else full ones."""
+    last = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    matched = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(_ends_with(name, target) for target in last)
+    }
+    return last if matched == set(chosen) else sorted(chosen)
+
+
+def fingerprint(model: nn.Module, weights: str | None = None) -> Fingerprint:
+    """The base's fingerprint: model type, every linear layer's shape, and the weights' hash if known."""
+    config: Any = getattr(model, "config", None)
+    shapes = {name: site.shape for name, site in linear_sites(model).items()}
+    return Fingerprint(getattr(config, "model_type", None), shapes, weights)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,123 @@
+"""Which entries of a layer's input are real tokens, and which query each belongs to.
+
+Hooks on the model's stacks (a causal model has one, an encoder-decoder two) read the masks at the start of each
+forward; the layers look them up. This covers left and right padding, cached decoding (the mask's last columns
+are the new tokens), cross-attention (keys and values come from the encoder's tokens) and beams.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from glider_dist.errors import GliderError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one stack in one forward, over a flattened ``[B, S]`` input.
+
+    Attributes:
+        batch: B.
+        length: S.
+        keep: ``[T]`` int64 positions of the real tokens in ``B * S``, or None if all are real.
+        row: ``[T]`` int64, the batch row of each real token.
+    """
+
+    batch: int
+    length: int
+    keep: torch.Tensor | None
+    row: torch.Tensor
+
+
+def find_tokens(batch: int, length: int, mask: torch.Tensor | None, device: torch.device) -> Tokens:
+    """Read a 2-D mask ``[B, >= S]``, whose last S columns belong to the input; other masks mean no padding.
+
+    Costs one host sync where there is a mask (the number of real tokens).
+    """
+    row = torch.arange(batch * length, device=device) // length
+    if mask is None or mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+        return Tokens(batch, length, None, row)
+    keep = mask[:, mask.shape[1] - length :].reshape(-1).nonzero().squeeze(1)
+    if keep.shape[0] == batch * length:
+        return Tokens(batch, length, None, row)
+    return Tokens(batch, length, keep, row[keep])
+
+
+class Stacks:
+    """Watches the forward of each stack and remembers its tokens until the next one."""
+
+    def __init__(self, model: nn.Module):
+        self.tokens: dict[str, Tokens] = {}
+        self.cross: tuple[torch.Tensor, Tokens] | None = None
+        self.handles: list[Any] = []
+        config: Any = getattr(model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            self.modules = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}  # type: ignore[operator]
+        else:
+            self.modules = {"decoder": getattr(model, "base_model", model)}
+        for name, module in self.modules.items():
+            signature = inspect.signature(module.forward)
+
+            def watch(_: nn.Module, args: Any, kwargs: Any, name: str = name, signature: Any = signature) -> None:
+                self._observe(name, signature.bind_partial(*args, **kwargs).arguments)
+
+            self.handles.append(module.register_forward_pre_hook(watch, with_kwargs=True))
+
+    def stack_of(self, site: nn.Module) -> str:
+        """The name of the stack that holds this module."""
+        for name, module in self.modules.items():
+            if any(site is inner for inner in module.modules()):
+                return name
+        return "decoder"
+
+    def _observe(self, name: str, arguments: dict[str, Any]) -> None:
+        arguments = {**arguments.get("kwargs", {}), **arguments}
+        inputs = arguments.get("input_ids")
+        if inputs is None:
+            inputs = arguments.get("inputs_embeds")
+        if inputs is None:
+            return
+        batch, length = inputs.shape[:2]
+        mask = arguments.get("attention_mask")
+        mask = mask if isinstance(mask, torch.Tensor) else None
+        self.tokens[name] = find_tokens(batch, length, mask, inputs.device)
+        states = arguments.get("encoder_hidden_states")
+        if name == "decoder" and isinstance(states, torch.Tensor):
+            # Every decoding step passes the same states again.
+            if self.cross is None or self.cross[0] is not states:
+                states_mask = arguments.get("encoder_attention_mask")
+                states_mask = states_mask if isinstance(states_mask, torch.Tensor) else None
+                self.cross = (states, find_tokens(*states.shape[:2], states_mask, states.device))
+
+    def tokens_of(self, stack: str, x: torch.Tensor) -> Tokens:
+        """The tokens of a layer's input ``[B, S, d]`` (or ``[B * S, d]``).
+
+        Raises:
+            GliderError: if the input has another shape than its stack's.
+        """
+        if self.cross is not None and stack == "decoder" and _same_memory(x, self.cross[0]):
+            return self.cross[1]
+        tokens = self.tokens.get(stack)
+        if tokens is None:
+            raise GliderError("a routed layer ran outside the model's forward; call the model, not one of its layers")
+        if x.numel() // x.shape[-1] != tokens.batch * tokens.length:
+            if x.ndim == 3 and x.shape[0] == tokens.batch:
+                return find_tokens(x.shape[0], x.shape[1], None, x.device)
+            raise GliderError(
+                f"a routed layer got input {list(x.shape)}, but its stack has {tokens.batch} rows of {tokens.length}"
+            )
+        return tokens
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.tokens, self.cross = [], {}, None
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.data_ptr() == b.data_ptr() and a.numel() > 0)

@@ -1,0 +1,1 @@
+"""Routing strategies: functions from tokens and queries to a Route."""

@@ -1,0 +1,50 @@
+"""Route: which experts serve each token, with which weight. Everything after it is blind to the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Route:
+    """T tokens, K places.
+
+    Attributes:
+        expert_ids: ``[T, K]`` int64; -1 where a place is unused (only if ``ragged``).
+        weights: ``[T, K]`` fp32 (fp64 for fp64 inputs); 0 where unused.
+        ragged: True if places may be unused.
+    """
+
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+    ragged: bool = False
+
+
+def top_k_route(scores_TE: torch.Tensor, k: int) -> Route:
+    """Softmax over the k largest scores (GLIDER; equal to softmax over all, top-k, renormalise).
+
+    Scores of -inf never serve a token: if all are, the weights are 0.
+    """
+    top_TK, ids_TK = scores_TE.topk(min(k, scores_TE.shape[1]), dim=-1)
+    return Route(ids_TK, top_TK.softmax(-1).nan_to_num(0.0))
+
+
+def top_p_route(scores_TE: torch.Tensor, p: float, at_most: int) -> Route:
+    """Keep the smallest set of experts whose softmax mass reaches p, at least one, at most ``at_most``.
+
+    GLIDER (``peft/tuners/molora/layers.py:371-388``): sort ascending, drop experts whose cumulative
+    probability is at most 1 - p, softmax over the rest.
+    """
+    probability_TE = scores_TE.softmax(-1)
+    ascending_TE, order_TE = probability_TE.sort(dim=-1, stable=True)
+    drop_TE = ascending_TE.cumsum(-1) <= 1 - p
+    drop_TE[:, -1] = False
+    places = min(at_most, scores_TE.shape[1])
+    keep_TK = ~drop_TE.flip(-1)[:, :places]
+    ids_TK = order_TE.flip(-1)[:, :places]
+    kept_TK = scores_TE.gather(1, ids_TK).masked_fill(~keep_TK, float("-inf"))
+    weights_TK = kept_TK.softmax(-1).nan_to_num(0.0)
+    keep_TK = keep_TK & kept_TK.isfinite()
+    return Route(ids_TK.masked_fill(~keep_TK, -1), weights_TK.masked_fill(~keep_TK, 0.0), ragged=True)

@@ -1,0 +1,142 @@
+"""Checks that tasks and examples from outside have to pass, whatever file they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glider_dist.errors import GliderError
+from glider_dist.tasks.task import Example, Task, stable_hash
+
+METRICS = ("exact_match", "rouge_l")
+SPLITS = ("held_in", "held_out")
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        GliderError: if it is missing, unreadable or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GliderError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
+    except OSError as error:
+        raise GliderError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value.
+
+    Raises:
+        GliderError: as :func:`read_text`, and if it is not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise GliderError(f"{path}, line {error.lineno}: this is not JSON ({error.msg})") from None
+
+
+def task_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file ``{"tasks": [{"name": ...}, ...]}``. Names must be text here; ``source`` judges them.
+
+    Raises:
+        GliderError: if the file is not of that shape.
+    """
+    index = read_json(path)
+    records = index.get("tasks") if isinstance(index, dict) else None
+    if not isinstance(records, list) or not records:
+        raise GliderError(f'{path} must be an object with a list of tasks, {{"tasks": [{{"name": ...}}]}}')
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+            raise GliderError(f"{path}: task number {number} must be an object with a name")
+    return records
+
+
+def make_task(
+    record: dict[str, Any],
+    where: str,
+    load: Callable[[str], list[Example]],
+    *,
+    descriptions: tuple[str, ...] = (),
+    instructions: tuple[str, ...] = (),
+    evaluation_only: bool = False,
+) -> Task:
+    """A task from a record with ``name``, ``definition``, ``split`` and, optionally, ``metric`` and ``category``.
+
+    Raises:
+        GliderError: for a missing definition, or a split or metric that does not exist.
+    """
+    name = record["name"]
+    definition = record.get("definition")
+    if not isinstance(definition, str) or not definition.strip():
+        raise GliderError(f"{where}: task {name!r} has no definition; say in a sentence what to do")
+    split = record.get("split")
+    if split not in SPLITS:
+        raise GliderError(
+            f"{where}: the split of task {name!r} is {split!r}, but must be held_in or held_out"
+        )
+    metric = record.get("metric", "exact_match")
+    if metric not in METRICS:
+        raise GliderError(
+            f"{where}: the metric of task {name!r} is {metric!r}, but must be exact_match or rouge_l"
+        )
+    return Task(
+        name=name,
+        definition=definition,
+        split=split,
+        metric=metric,
+        category=str(record.get("category") or ""),
+        descriptions=descriptions,
+        instructions=instructions,
+        evaluation_only=evaluation_only,
+        load=load,
+    )
+
+
+def texts(value: Any, what: str, where: str) -> tuple[str, ...]:
+    """A list of non-empty strings as a tuple; ``None`` is ``()``.
+
+    Raises:
+        GliderError: if it is anything else.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise GliderError(f"{where}: {what} must be a list of non-empty strings")
+    return tuple(value)
+
+
+def make_example(row: dict[str, Any], choices: tuple[str, ...] | None, where: str) -> Example:
+    """An example from ``{id, input, target, choices?, targets?}``. ``choices`` serves a row without its own.
+
+    Raises:
+        GliderError: for a missing or empty field, or a target that is not text or not among the choices.
+    """
+    for key in ("id", "input", "target"):
+        value = row.get(key)
+        if value is None:
+            raise GliderError(f"{where}: the example has no {key}")
+        if not isinstance(value, str):
+            raise GliderError(f"{where}: {key} is {value!r}, but must be text in quotation marks")
+        if not value.strip():
+            raise GliderError(f"{where}: {key} is empty")
+    choices = texts(row.get("choices"), "choices", where) or choices
+    if choices and row["target"] not in choices:
+        raise GliderError(f"{where}: the target {row['target']!r} is not among the choices {list(choices)}")
+    targets = tuple(dict.fromkeys((row["target"], *texts(row.get("targets"), "targets", where))))
+    return Example(row["id"], row["input"], row["target"], targets, choices)
+
+
+def sample(ids: list[str], limit: int | None) -> list[int]:
+    """At most ``limit`` positions, in their order in ``ids``, chosen by a hash of the id.
+
+    Taking the first ones instead would leave one label of a file that is sorted by label. The choice needs no seed,
+    so every run is scored on the same examples, and a larger limit only adds to a smaller one.
+    """
+    if limit is None or limit >= len(ids):
+        return list(range(len(ids)))
+    return sorted(sorted(range(len(ids)), key=lambda position: stable_hash(ids[position]))[:limit])

@@ -1,0 +1,256 @@
+"""The run directory, which is the record of a run, and Weights & Biases, which shows it.
+
+Everything W&B receives is in the run directory too: a run without W&B, or with a broken one, loses nothing.
+
+    config.yaml     the resolved configuration of the latest start
+    versions.json   versions, git commit, command line, start time and machine of the latest start
+    metrics.jsonl   one object per log call, over all starts: {"time": Unix seconds, "step"?, values}
+    log.txt         what the main rank logged, over all starts
+    NAME.json       tables: {"columns": [...], "rows": [[...]]}
+    wandb_id        the W&B run that later starts continue
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from glider_dist.errors import GliderError
+
+logger = logging.getLogger(__name__)
+
+_MODES = ("offline", "online", "off")
+_PACKAGES = ("glider_dist", "torch", "deepspeed", "transformers", "peft", "datasets", "wandb", "omegaconf")
+_START_SECONDS = 30.0
+_UPLOAD_SECONDS = 120.0
+
+
+class Run:
+    """One run directory; stages of one process may share it. On ranks but the main one nothing is done."""
+
+    def __init__(
+        self, run_dir: Path, metrics: TextIO | None, handler: logging.Handler | None, wandb_run: Any
+    ):
+        self.run_dir = run_dir
+        self._metrics = metrics
+        self._handler = handler
+        self._wandb = wandb_run
+
+    @classmethod
+    def start(cls, run_dir: Path, config: Mapping[str, Any], stage: str, mode: str, is_main: bool) -> Run:
+        """Create or continue ``run_dir``, write what describes this start, and open W&B unless mode is "off".
+
+        Args:
+            config: the resolved configuration as plain dicts and lists.
+            stage: name of the W&B run.
+            mode: "offline" (records in run_dir/wandb, for ``wandb sync``), "online" or "off" (wandb is never
+                imported). A W&B that cannot start costs a warning and no more; it never asks for a login.
+            is_main: whether this is the rank that writes.
+
+        Raises:
+            GliderError: if the mode is unknown or run_dir cannot be written.
+        """
+        if mode not in _MODES:
+            raise GliderError(f"tracking is {mode!r}, but must be one of {', '.join(_MODES)}")
+        if not is_main:
+            return cls(run_dir, None, None, None)
+        run_dir = run_dir.absolute()
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _replace(run_dir / "config.yaml", OmegaConf.to_yaml(dict(config)))
+            _replace(run_dir / "versions.json", json.dumps(_versions(), indent=1) + "\n")
+            metrics = _open_to_append(run_dir / "metrics.jsonl")
+            handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+        except OSError as error:
+            raise GliderError(
+                f"run_dir {run_dir} cannot be written ({error.strerror}); set another"
+            ) from error
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        return cls(run_dir, metrics, handler, _start_wandb(run_dir, config, stage, mode))
+
+    def log(self, values: Mapping[str, float | str], step: int | None = None) -> None:
+        """Record scalars and short strings. Steps may restart: stages that share a run count their own."""
+        if self._metrics is None:
+            return
+        point = dict(values) if step is None else {**values, "step": step}
+        record = {"time": round(time.time(), 3), **{key: _plain(value) for key, value in point.items()}}
+        self._metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._metrics.flush()
+        # As a value and not as W&B's own step, which drops points that go back (a second stage, a restart).
+        self._to_wandb(lambda run: run.log(point))
+
+    def quantiles(self, name: str, values: Sequence[float], step: int | None = None) -> None:
+        """Record min, p10, p50, p90 and max of ``values``, one per expert, say: five keys for any number."""
+        if len(values) == 0:
+            return
+        points = np.quantile(np.asarray(values, dtype=np.float64), [0.0, 0.1, 0.5, 0.9, 1.0])
+        keys = ("min", "p10", "p50", "p90", "max")
+        self.log({f"{name}/{key}": float(point) for key, point in zip(keys, points, strict=True)}, step)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Write ``run_dir/NAME.json`` (a slash in the name becomes an underscore) and a W&B table."""
+        if self._metrics is None:
+            return
+        content = {"columns": list(columns), "rows": [[_plain(value) for value in row] for row in rows]}
+        text = json.dumps(content, ensure_ascii=False)
+        _replace(self.run_dir / f"{name.replace('/', '_')}.json", text + "\n")
+
+        def write(run: Any) -> None:
+            import wandb
+
+            table = wandb.Table(columns=content["columns"], data=content["rows"], allow_mixed_types=True)
+            run.log({name: table})
+
+        self._to_wandb(write)
+
+    def finish(self) -> None:
+        """Close files and W&B; online, wait 120 s at most for the upload. A second call does nothing."""
+        self._to_wandb(lambda run: run.finish())
+        self._wandb = None
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        if self._handler is not None:
+            logging.getLogger().removeHandler(self._handler)
+            self._handler.close()
+            self._handler = None
+
+    def _to_wandb(self, write: Callable[[Any], object]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            write(self._wandb)
+        except Exception as error:  # whatever W&B's own process or network did, the job goes on
+            self._wandb = None
+            logger.warning("W&B stopped (%s); the run goes on and is recorded in %s", error, self.run_dir)
+
+
+def _start_wandb(run_dir: Path, config: Mapping[str, Any], stage: str, mode: str) -> Any:
+    if mode == "off":
+        return None
+    id_file = run_dir / "wandb_id"
+    try:
+        import wandb
+
+        # Silent before init: it also keeps wandb from asking for a login, on which a job would wait for ever.
+        wandb.setup(settings=wandb.Settings(silent=True))
+        known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else ""
+        wandb_id = known or uuid.uuid4().hex[:8]
+        run = wandb.init(
+            dir=str(run_dir),
+            project="glider_dist",
+            name=stage,
+            id=wandb_id,
+            resume="allow",
+            mode="online" if mode == "online" else "offline",
+            config=dict(config),
+            allow_val_change=True,
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=_START_SECONDS,
+                finish_timeout=_UPLOAD_SECONDS,
+            ),
+        )
+        run.define_metric("*", step_metric="step")
+        _replace(id_file, wandb_id + "\n")
+    except Exception as error:  # not logged in, no network, broken install: tracking must not stop a job
+        reason = " ".join(str(error).split())
+        logger.warning("W&B did not start (%s); the run is recorded in %s only", reason, run_dir)
+        return None
+    logger.info(
+        "W&B: %s",
+        run.url if mode == "online" else f"offline; upload with `wandb sync {run_dir}/wandb/*run-*`",
+    )
+    return run
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value; JSON has no NaN or infinity, so these become the strings "nan", "inf" and "-inf"."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _open_to_append(path: Path) -> TextIO:
+    """Open for appending; half a last line, left by a killed run, is cut off first."""
+    if path.exists():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, whole)
+    return open(path, "a", encoding="utf-8")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _installed(name) for name in _PACKAGES},
+        "git": _git(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "cpus": os.cpu_count(),
+        "device": _device(),
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the source tree and whether the package differs from it; None where it is no checkout."""
+    package = Path(__file__).resolve().parents[1]
+    try:
+        top = _git_output(package, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() != package.parent:
+            return None
+        commit = _git_output(package, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git_output(package, "status", "--porcelain", "--", "."))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git_output(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
