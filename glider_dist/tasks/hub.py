@@ -9,7 +9,7 @@
         "split_names": {"test": "validation"},   optional: which split of the data set serves as which of ours
         "input": "Sentence: {sentence}",         a template over the data set's columns
         "target": "label",                       a column, or a template
-        "choices": ["negative", "positive"],     optional; a whole number in the target column counts into it, from 0
+        "choices": ["negative", "positive"],     optional; the target column may count into it from 0
         "descriptions": [...], "instructions": [...]
     }]}
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import re
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ _BIG_BENCH = re.compile(r"big[-_]?bench|\bbbh", re.IGNORECASE)
 
 
 def read_tasks(mapping: Path, limit: int | None) -> list[Task]:
-    """Every task of the mapping file, without its data: a data set is fetched when its first split is asked for.
+    """Every task of the mapping file, without its data, which is fetched when the first split is asked for.
 
     Args:
         mapping: the JSON file described above.
@@ -54,6 +54,8 @@ def read_tasks(mapping: Path, limit: int | None) -> list[Task]:
             raise GliderError(
                 f"{where}: split_names must be an object with the keys train, validation and test"
             )
+        if not all(isinstance(split, str) for split in split_names.values()):
+            raise GliderError(f"{where}: split_names must name splits of the data set, as text")
         tasks.append(
             make_task(
                 record,
@@ -72,13 +74,19 @@ def _read_split(
     record: dict[str, Any], choices: tuple[str, ...], limit: int | None, where: str, part: str
 ) -> list[Example]:
     splits = _load(record["dataset"], record.get("config"), json.dumps(record.get("data_files")))
-    names = {ours: record.get("split_names", {}).get(ours, ours) for ours in PARTS}
-    carved = names["validation"] not in splits or names["validation"] in (names["train"], names["test"])
+    given = record.get("split_names", {})
+    names = {ours: given.get(ours, ours) for ours in PARTS}
+    carved = names["validation"] in (names["train"], names["test"])
+    carved = carved or ("validation" not in given and "validation" not in splits)
     source = names["train"] if carved and part == "validation" else names[part]
     if source not in splits:
         raise GliderError(
             f"{where}: the data set has no split {source!r} to serve as {part}; it has {sorted(splits)}, "
             "so say in split_names which one to use"
+        )
+    if part != "test" and source == names["test"]:
+        raise GliderError(
+            f"{where}: the split {source!r} serves as test, so it cannot serve as {part}; change split_names"
         )
     rows = splits[source]
     ids = [f"{record['name']}-{source}-{row}" for row in range(len(rows))]
@@ -92,9 +100,9 @@ def _read_split(
     return [_example(rows[row], record, ids[row], choices, f"{where}, {source} row {row}") for row in chosen]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(dataset: str, config: str | None, data_files: str) -> Any:
-    """All splits of a data set as ``datasets.DatasetDict``; ``data_files`` is JSON so that the call can be cached."""
+    """All splits, as ``datasets.DatasetDict``. ``data_files`` is JSON text so that the call can be cached."""
     import datasets
 
     try:
@@ -102,7 +110,8 @@ def _load(dataset: str, config: str | None, data_files: str) -> Any:
     except Exception as error:  # its errors have no common base: network, missing names, malformed files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise GliderError(
-            f"the data set {dataset!r} is neither cached nor within reach ({reason}); check its name and the network"
+            f"the data set {dataset!r} is neither cached nor within reach ({reason}); "
+            "check its name and the network"
         ) from error
 
 

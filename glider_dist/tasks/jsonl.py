@@ -1,12 +1,12 @@
 """Tasks from a folder.
 
-    tasks.json                                    {"tasks": [{name, definition, split, metric?, category?, choices?}]}
-    tasks/<name>/{train,validation,test}.jsonl    a line: {id, input, target, choices?, targets?}
-    instructions.json                             optional: {name: {expert_descriptions: [...], query_instructions: [...]}}
+    tasks.json                    {"tasks": [{name, definition, split, metric?, category?, choices?}]}
+    tasks/<name>/<part>.jsonl     a line: {id, input, target, choices?, targets?}; train, validation and test
+    instructions.json             optional: {name: {expert_descriptions: [...], query_instructions: [...]}}
 
-Only ``tasks.json`` and ``instructions.json`` are read at first; a split is read and checked when it is asked for.
-BIG-bench data asks never to be trained on (it carries a canary): tasks whose ``provenance`` is ``bigbench``, or whose
-name starts with ``bigbench_`` or ``bbh_``, are for evaluation only.
+``tasks.json`` and ``instructions.json`` are read at once; a split is read and checked when it is asked for.
+BIG-bench data asks never to be trained on (it carries a canary): tasks with the ``provenance`` bigbench, or
+whose name starts with ``bigbench_`` or ``bbh_``, are for evaluation only.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def read_json(path: Path) -> Any:
 
 
 def task_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file ``{"tasks": [{"name": ...}, ...]}``. Names must be text here; ``source`` judges them.
+    """The records of a file ``{"tasks": [{"name": ...}, ...]}``. ``source`` judges the names.
 
     Raises:
         GliderError: if the file is not of that shape.
@@ -65,7 +65,7 @@ def make_task(
     instructions: tuple[str, ...] = (),
     evaluation_only: bool = False,
 ) -> Task:
-    """A task from a record with ``name``, ``definition``, ``split`` and, optionally, ``metric`` and ``category``.
+    """A task from a record with ``name``, ``definition``, ``split``, ``metric`` and ``category``.
 
     Raises:
         GliderError: for a missing definition, or a split or metric that does not exist.
@@ -134,8 +134,8 @@ def make_example(row: dict[str, Any], choices: tuple[str, ...] | None, where: st
 def sample(ids: list[str], limit: int | None) -> list[int]:
     """At most ``limit`` positions, in their order in ``ids``, chosen by a hash of the id.
 
-    Taking the first ones instead would leave one label of a file that is sorted by label. The choice needs no seed,
-    so every run is scored on the same examples, and a larger limit only adds to a smaller one.
+    Taking the first ones instead would leave one label of a file that is sorted by label. The choice needs no
+    seed, so every run is scored on the same examples, and a larger limit only adds to a smaller one.
     """
     if limit is None or limit >= len(ids):
         return list(range(len(ids)))

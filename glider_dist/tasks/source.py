@@ -29,16 +29,16 @@ class TaskSuite:
 def load_tasks(cfg: TasksConfig, seed: int) -> TaskSuite:
     """Find the configured tasks. No example is read yet.
 
-    An empty ``cfg.held_in`` or ``cfg.held_out`` takes every task with that split, less those that the other list
-    names; a task that a list names moves to that split.
+    An empty ``cfg.held_in`` or ``cfg.held_out`` takes every task with that split, less those that the other
+    list names; a task that a list names moves to that split.
 
     Args:
         cfg: the source, its path, the names and the limit.
         seed: draws the examples of the procedural source; the others do not depend on it.
 
     Raises:
-        GliderError: if the source cannot be read, a name is unknown, unusable or used twice, a task for evaluation
-            only is named in ``held_in``, or no task is held in.
+        GliderError: if the source cannot be read, a name is unknown, unusable or used twice, a task for
+            evaluation only is held in, or no task is held in.
     """
     tasks = _read(cfg, seed)
     by_name: dict[str, Task] = {}
@@ -46,7 +46,7 @@ def load_tasks(cfg: TasksConfig, seed: int) -> TaskSuite:
         # The name becomes a folder of the pool, so it must not lead out of it or hide in it.
         if not task.name or task.name.startswith(".") or re.search(r"[/\\\0]", task.name):
             raise GliderError(
-                f"the task name {task.name!r} cannot be a folder's name; use one without / and \\ and a leading dot"
+                f"the task name {task.name!r} cannot name a folder; use one without /, \\ or a leading dot"
             )
         if task.name in by_name:
             raise GliderError(f"two tasks are called {task.name!r}; rename one")

@@ -39,9 +39,9 @@ class Task:
         metric: ``exact_match`` or ``rouge_l``.
         category: the kind of task, for reports.
         descriptions: sentences about what an expert for this task does; ``()`` if nobody wrote any.
-        instructions: the definition in other words, as a user would ask; ``()``: the definition itself is used.
+        instructions: the definition in other words, as a user would ask; ``()``: the definition is used.
         evaluation_only: never trained on, not even for calibration (BIG-bench and its canary).
-        load: reads one part (``train``, ``validation`` or ``test``), limited to the configured number of examples.
+        load: reads one part (``train``, ``validation`` or ``test``), up to the configured limit.
         settings: reserved for settings that override the configuration for this task.
     """
 
@@ -61,8 +61,8 @@ class Task:
         """The examples of one part. They are read once, on the first call.
 
         Raises:
-            GliderError: if the part is missing, empty or malformed, or belongs to an evaluation-only task and is
-                not ``test``.
+            GliderError: if the part is missing, empty or malformed, or is not ``test`` though the task is for
+                evaluation only.
         """
         _check_part(part)
         if self.evaluation_only and part != "test":
@@ -82,9 +82,9 @@ class Task:
     def instruction(self, example: Example, part: str) -> str:
         """The wording that goes with an example, chosen by a hash of the example's id.
 
-        Training and validation share the first half of the wordings, test alone has the second. Validation belongs
-        to the first half because the gates, the threshold and the alphas are chosen on it: a calibration that had
-        seen the test wordings would overstate how well unseen wordings are routed.
+        Training and validation share the first half of the wordings, test alone has the second. Validation
+        belongs to the first half because the threshold and the alphas are calibrated on it: calibration that
+        had seen the test wordings would overstate how well unseen wordings are routed.
         """
         _check_part(part)
         if not self.instructions:

@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 _MODES = ("offline", "online", "off")
 _PACKAGES = ("glider_dist", "torch", "deepspeed", "transformers", "peft", "datasets", "wandb", "omegaconf")
-_START_SECONDS = 30.0
-_UPLOAD_SECONDS = 120.0
 
 
 class Run:
@@ -106,15 +104,14 @@ class Run:
         """Write ``run_dir/NAME.json`` (a slash in the name becomes an underscore) and a W&B table."""
         if self._metrics is None:
             return
-        content = {"columns": list(columns), "rows": [[_plain(value) for value in row] for row in rows]}
-        text = json.dumps(content, ensure_ascii=False)
+        plain = [[_plain(value) for value in row] for row in rows]
+        text = json.dumps({"columns": list(columns), "rows": plain}, ensure_ascii=False)
         _replace(self.run_dir / f"{name.replace('/', '_')}.json", text + "\n")
 
         def write(run: Any) -> None:
             import wandb
 
-            table = wandb.Table(columns=content["columns"], data=content["rows"], allow_mixed_types=True)
-            run.log({name: table})
+            run.log({name: wandb.Table(columns=list(columns), data=plain, allow_mixed_types=True)})
 
         self._to_wandb(write)
 
@@ -161,12 +158,7 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any], stage: str, mode: str
             config=dict(config),
             allow_val_change=True,
             reinit="create_new",
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=_START_SECONDS,
-                finish_timeout=_UPLOAD_SECONDS,
-            ),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=120),
         )
         run.define_metric("*", step_metric="step")
         _replace(id_file, wandb_id + "\n")

@@ -1,18 +1,20 @@
-"""Tasks about dates, months, weekdays and the clock."""
+"""Examples about dates, years, months, weekdays and the clock.
+
+Every function draws an input and its answer.
+"""
 
 from __future__ import annotations
 
 import calendar
 import random
+from collections.abc import Callable
+from functools import partial
 
-from glider_dist.tasks.procedural.recipe import Recipe
-from glider_dist.tasks.procedural.vocabulary import ACTIVITIES, NAMES, OBJECTS, one_of
+from glider_dist.tasks.procedural.vocabulary import ACTIVITIES, NAMES, OBJECTS, listed
 
-# Not calendar.month_name: that follows the locale.
-_MONTHS = tuple(
-    "January February March April May June July August September October November December".split()
-)
-_WEEKDAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
+# Not calendar.month_name and day_name: these follow the locale.
+_MONTHS = listed("January February March April May June July August September October November December")
+_WEEKDAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 _EVENTS = (
     "The train leaves at",
     "The shop closes at",
@@ -27,70 +29,53 @@ _EVENTS = (
 )
 
 
-def _date(rng: random.Random) -> tuple[int, int, int]:
+def _date(style: str, rng: random.Random) -> tuple[str, str]:
     year, month = rng.randint(1950, 2029), rng.randint(1, 12)
-    return year, month, rng.randint(1, calendar.monthrange(year, month)[1])
+    day, name = rng.randint(1, calendar.monthrange(year, month)[1]), _MONTHS[month - 1]
+    written = f"{day} {name} {year}" if style == "british" else f"{name} {day}, {year}"
+    return f"{year}-{month:02d}-{day:02d}", written
 
 
-def _date_in_words(rng: random.Random) -> tuple[str, str]:
-    year, month, day = _date(rng)
-    return f"{year}-{month:02d}-{day:02d}", f"{day} {_MONTHS[month - 1]} {year}"
-
-
-def _date_american(rng: random.Random) -> tuple[str, str]:
-    year, month, day = _date(rng)
-    return f"{year}-{month:02d}-{day:02d}", f"{_MONTHS[month - 1]} {day}, {year}"
-
-
-def _plan_in_month(rng: random.Random) -> tuple[str, int]:
-    month = rng.randrange(12)
-    return f"{rng.choice(NAMES)} {rng.choice(ACTIVITIES)} in {_MONTHS[month]}", month
+def _plan(rng: random.Random) -> str:
+    return f"{rng.choice(NAMES)} {rng.choice(ACTIVITIES)}"
 
 
 def _month_number(rng: random.Random) -> tuple[str, str]:
-    plan, month = _plan_in_month(rng)
-    return plan, str(month + 1)
+    month = rng.randrange(12)
+    return f"{_plan(rng)} in {_MONTHS[month]}", str(month + 1)
 
 
-def _next_month(rng: random.Random) -> tuple[str, str]:
-    plan, month = _plan_in_month(rng)
-    return plan, _MONTHS[(month + 1) % 12]
+def _next(preposition: str, cycle: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
+    now = rng.randrange(len(cycle))
+    return f"{_plan(rng)} {preposition} {cycle[now]}", cycle[(now + 1) % len(cycle)]
 
 
-def _next_weekday(rng: random.Random) -> tuple[str, str]:
-    day = rng.randrange(7)
-    return f"{rng.choice(NAMES)} {rng.choice(ACTIVITIES)} on {_WEEKDAYS[day]}", _WEEKDAYS[(day + 1) % 7]
-
-
-def _clock(rng: random.Random) -> tuple[str, str, str]:
-    hour, minute = rng.randrange(24), rng.randrange(60)
-    return (
-        rng.choice(_EVENTS),
-        f"{hour:02d}:{minute:02d}",
-        f"{(hour - 1) % 12 + 1}:{minute:02d} {'am' if hour < 12 else 'pm'}",
-    )
-
-
-def _clock_12_hours(rng: random.Random) -> tuple[str, str]:
-    event, long, short = _clock(rng)
-    return f"{event} {long}", short
-
-
-def _clock_24_hours(rng: random.Random) -> tuple[str, str]:
-    event, long, short = _clock(rng)
-    return f"{event} {short}", long
+def _clock(hours: int, rng: random.Random) -> tuple[str, str]:
+    hour, minute, event = rng.randrange(24), rng.randrange(60), rng.choice(_EVENTS)
+    of_24 = f"{hour:02d}:{minute:02d}"
+    of_12 = f"{(hour - 1) % 12 + 1}:{minute:02d} {'am' if hour < 12 else 'pm'}"
+    return (f"{event} {of_24}", of_12) if hours == 12 else (f"{event} {of_12}", of_24)
 
 
 def _year_in_text(rng: random.Random) -> tuple[str, str]:
     year, count = rng.randint(1700, 2029), rng.randint(2, 99)
     name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
-    sentence = one_of(
-        rng,
+    sentences = (
         f"{name} sold {count} {thing}s in {year}",
         f"In {year} {name} owned {count} {thing}s",
         f"The {year} sale of {count} {thing}s pleased {name}",
         f"After {year} there were {count} {thing}s left",
     )
-    return sentence, str(year)
+    return rng.choice(sentences), str(year)
 
 
+DRAWS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "date_in_words": partial(_date, "british"),
+    "date_american": partial(_date, "american"),
+    "month_number": _month_number,
+    "next_weekday": partial(_next, "on", _WEEKDAYS),
+    "next_month": partial(_next, "in", _MONTHS),
+    "clock_12_hours": partial(_clock, 12),
+    "clock_24_hours": partial(_clock, 24),
+    "year_in_text": _year_in_text,
+}

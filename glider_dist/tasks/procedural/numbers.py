@@ -1,39 +1,44 @@
-"""Tasks about numbers."""
+"""Examples about numbers. Every function draws an input and its answer."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
-from glider_dist.tasks.procedural.recipe import Recipe
-from glider_dist.tasks.procedural.vocabulary import NOUNS
+from glider_dist.tasks.procedural.vocabulary import NOUNS, listed
 
-_UNITS = tuple("one two three four five six seven eight nine".split())
-_TENS = tuple("twenty thirty forty fifty sixty seventy eighty ninety".split())
-
-
-def _in_words(number: int) -> str:
-    """20 to 99 in words."""
-    tens, unit = _TENS[number // 10 - 2], number % 10
-    return f"{tens}-{_UNITS[unit - 1]}" if unit else tens
+_UNITS = listed("one two three four five six seven eight nine")
+_UNIT_RANKS = listed("first second third fourth fifth sixth seventh eighth ninth")
+_TENS = listed("twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def _larger_number(rng: random.Random) -> tuple[str, str]:
-    pair = rng.sample(range(10, 100), 2)
-    return f"{pair[0]} and {pair[1]}", str(max(pair))
+    first, second = rng.sample(range(10, 100), 2)
+    return f"{first} and {second}", str(max(first, second))
 
 
 def _largest_of_three(rng: random.Random) -> tuple[str, str]:
-    three = rng.sample(range(10, 100), 3)
-    return f"{three[0]}, {three[1]} and {three[2]}", str(max(three))
-
-
-def _words_to_digits(rng: random.Random) -> tuple[str, str]:
-    number = rng.randint(20, 99)
-    return f"{_in_words(number)} {rng.choice(NOUNS)[1]}", str(number)
+    first, second, third = rng.sample(range(10, 100), 3)
+    return f"{first}, {second} and {third}", str(max(first, second, third))
 
 
 def _digits_to_words(rng: random.Random) -> tuple[str, str]:
     number = rng.randint(20, 99)
-    return f"{number} {rng.choice(NOUNS)[1]}", _in_words(number)
+    tens, unit = _TENS[number // 10 - 2], number % 10
+    written = f"{tens}-{_UNITS[unit - 1]}" if unit else tens
+    return f"{number} {rng.choice(NOUNS)[1]}", written
 
 
+def _digits_to_ordinal(rng: random.Random) -> tuple[str, str]:
+    number = rng.randint(20, 99)
+    tens, unit = _TENS[number // 10 - 2], number % 10
+    rank = f"{tens}-{_UNIT_RANKS[unit - 1]}" if unit else tens.replace("ty", "tieth")
+    return f"{number} {rng.choice(NOUNS)[1]}", rank
+
+
+DRAWS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "larger_number": _larger_number,
+    "largest_of_three": _largest_of_three,
+    "digits_to_words": _digits_to_words,
+    "digits_to_ordinal": _digits_to_ordinal,
+}

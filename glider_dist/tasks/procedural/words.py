@@ -1,10 +1,14 @@
-"""Tasks about the words of a line: which one stands where, which one is an animal, how it is inflected."""
+"""Examples about single words: which one stands where, what it names, how it is inflected.
+
+Every function draws an input and its answer.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 
-from glider_dist.tasks.procedural.recipe import Recipe
 from glider_dist.tasks.procedural.vocabulary import (
     ANIMALS,
     COLOURS,
@@ -14,46 +18,21 @@ from glider_dist.tasks.procedural.vocabulary import (
     OBJECTS,
     OPPOSITES,
     VERBS,
-    one_of,
 )
 
-_LINE = (*(name for name in OBJECTS), *COLOURS, *(verb[0] for verb in VERBS))
+_LINE = (*OBJECTS, *COLOURS, *(base for base, _, _ in VERBS))
 
 
-def _line(rng: random.Random) -> list[str]:
-    return rng.sample(_LINE, rng.randint(4, 7))
+def _word_at(position: int, rng: random.Random) -> tuple[str, str]:
+    line = rng.sample(_LINE, rng.randint(4, 7))
+    return " ".join(line), line[position]
 
 
-def _nth_word(rng: random.Random, position: int) -> tuple[str, str]:
-    words = _line(rng)
-    return " ".join(words), words[position]
-
-
-def _last_word(rng: random.Random) -> tuple[str, str]:
-    return _nth_word(rng, -1)
-
-
-def _second_word(rng: random.Random) -> tuple[str, str]:
-    return _nth_word(rng, 1)
-
-
-def _third_word(rng: random.Random) -> tuple[str, str]:
-    return _nth_word(rng, 2)
-
-
-def _pick(rng: random.Random, kind: tuple[str, ...]) -> tuple[str, str]:
+def _pick(kind: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
     wanted = rng.choice(kind)
-    words = [wanted, *rng.sample(OBJECTS, 3)]
-    rng.shuffle(words)
-    return ", ".join(words), wanted
-
-
-def _pick_animal(rng: random.Random) -> tuple[str, str]:
-    return _pick(rng, ANIMALS)
-
-
-def _pick_food(rng: random.Random) -> tuple[str, str]:
-    return _pick(rng, FOODS)
+    listed = [wanted, *rng.sample(OBJECTS, 3)]
+    rng.shuffle(listed)
+    return ", ".join(listed), wanted
 
 
 def _plural_pair(rng: random.Random) -> tuple[str, str]:
@@ -66,29 +45,27 @@ def _singular_pair(rng: random.Random) -> tuple[str, str]:
     return plural, singular
 
 
-def _verb(rng: random.Random, form: int) -> tuple[str, str]:
+def _verb(form: int, rng: random.Random) -> tuple[str, str]:
     verb = rng.choice(VERBS)
     return f"{rng.choice(NAMES)} will {verb[0]} the {rng.choice(OBJECTS)}", verb[form]
 
 
-def _verb_past(rng: random.Random) -> tuple[str, str]:
-    return _verb(rng, 1)
-
-
-def _verb_ing(rng: random.Random) -> tuple[str, str]:
-    return _verb(rng, 2)
-
-
 def _opposite(rng: random.Random) -> tuple[str, str]:
-    pair = rng.choice(OPPOSITES)
-    side = rng.randrange(2)
+    word, opposite = rng.sample(rng.choice(OPPOSITES), 2)
     thing = rng.choice(OBJECTS)
-    line = one_of(
-        rng,
-        f"The {thing} is {pair[side]}",
-        f"This {thing} looks {pair[side]}",
-        f"How {pair[side]} the {thing} is",
-    )
-    return line, pair[1 - side]
+    remarks = (f"The {thing} is {word}", f"This {thing} looks {word}", f"How {word} the {thing} is")
+    return rng.choice(remarks), opposite
 
 
+DRAWS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "last_word": partial(_word_at, -1),
+    "second_word": partial(_word_at, 1),
+    "third_word": partial(_word_at, 2),
+    "pick_animal": partial(_pick, ANIMALS),
+    "pick_food": partial(_pick, FOODS),
+    "plural_pair": _plural_pair,
+    "singular_pair": _singular_pair,
+    "verb_past": partial(_verb, 1),
+    "verb_ing": partial(_verb, 2),
+    "opposite": _opposite,
+}

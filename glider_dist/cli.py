@@ -1,0 +1,186 @@
+"""The command line: ``glider-dist COMMAND [CONFIG.yaml] [key=value ...]``.
+
+Exit codes: 0 done, 1 an unexpected error, 2 bad input (one sentence says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from glider_dist.config import Config
+from glider_dist.errors import GliderError
+from glider_dist.settings import read_config, settings
+
+log = logging.getLogger("glider_dist")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: the function that runs it (``module:function``), what it does, and its own defaults."""
+
+    target: str
+    doc: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    takes_text: bool = False
+    launches: bool = False
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "glider_dist.quickstart:run", "the whole method on a small model: train, route, evaluate, answer a query",
+        takes_text=True, launches=True,
+    ),
+    "train-experts": Command("glider_dist.training.experts:train_experts", "train a LoRA expert for each held-in task"),
+    "train-gates": Command("glider_dist.training.experts:train_gates", "train the local router's gate of each expert"),
+    "describe": Command("glider_dist.semantics.describe:run", "write each expert's description into its card"),
+    "index": Command("glider_dist.semantics.index:run", "embed the descriptions into the global router's index"),
+    "calibrate": Command("glider_dist.evaluation.calibrate:run", "choose alpha_in, alpha_out and threshold on validation queries"),
+    "evaluate": Command("glider_dist.evaluation.evaluate:run", "score the routers on test queries and print the table"),
+    "predict": Command("glider_dist.evaluation.predict:run", "answer one text and show which experts served it", takes_text=True),
+}  # fmt: skip
+
+USAGE = """usage: glider-dist COMMAND [CONFIG.yaml] [key=value ...] [--help]
+       deepspeed --num_gpus N --module glider_dist COMMAND [CONFIG.yaml] [key=value ...]
+"""
+
+
+@dataclass
+class Arguments:
+    """What was typed, sorted."""
+
+    command: str
+    file: Path | None = None
+    overrides: list[str] = field(default_factory=list)
+    text: str | None = None
+    ranks: int | None = None
+    fresh: bool = False
+    help: bool = False
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Sort the arguments.
+
+    Raises:
+        GliderError: an unknown command or flag, or a stray argument.
+    """
+    # The deepspeed launcher inserts --local_rank=N before the command; the environment says the same.
+    words = [word for word in argv if not word.startswith("--local_rank") and not word.startswith("--local-rank")]
+    arguments = Arguments("")
+    flags = iter(words)
+    for word in flags:
+        name, _, value = word.partition("=")
+        if word in ("--help", "-h"):
+            arguments.help = True
+        elif word == "--fresh":
+            arguments.fresh = True
+        elif name == "--ranks":
+            value = value or next(flags, "")
+            if not value.isdigit() or int(value) < 1:
+                raise GliderError(f"--ranks needs a number of processes, not {value!r}")
+            arguments.ranks = int(value)
+        elif word.startswith("-"):
+            raise GliderError(f"unknown flag {word}; the flags are --ranks N, --fresh and --help")
+        elif not arguments.command:
+            arguments.command = word
+        elif word.endswith((".yaml", ".yml")) and arguments.file is None and "=" not in word:
+            arguments.file = Path(word)
+        elif "=" in word and word.split("=")[0].replace("_", "").replace(".", "").isalnum() and " " not in name:
+            arguments.overrides.append(word)
+        elif arguments.text is None:
+            arguments.text = word
+        else:
+            raise GliderError(f"{word!r} is neither a configuration file nor key=value")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``glider-dist`` and ``python -m glider_dist``; returns the exit code."""
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except GliderError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main(argv: list[str]) -> int:
+    arguments = parse(argv)
+    command = COMMANDS.get(arguments.command)
+    if arguments.help or not arguments.command:
+        print(_help(arguments.command))
+        return 0 if arguments.help else 2
+    if command is None:
+        raise GliderError(f"unknown command {arguments.command!r}; the commands are {', '.join(COMMANDS)}")
+    if arguments.text is not None and not command.takes_text:
+        raise GliderError(f"{arguments.text!r} is neither a configuration file nor key=value")
+    _set_up_logging()
+    module, _, function = command.target.partition(":")
+    stage = getattr(importlib.import_module(module), function)
+    if command.launches:
+        return int(stage(arguments))
+    cfg = read_config(arguments.file, arguments.overrides, command.defaults)
+    run_stage(arguments.command, cfg, stage, arguments.text)
+    return 0
+
+
+def run_stage(name: str, cfg: Config, stage: Any, text: str | None = None) -> None:
+    """Start the ranks, run one stage on them, and end them tidily."""
+    from glider_dist.job import Job
+    from glider_dist.parallel.ranks import start_ranks
+
+    ranks = start_ranks(cfg.device)
+    if not ranks.is_main:
+        logging.getLogger().setLevel(logging.WARNING)
+    job = Job(cfg, name, ranks)
+    if text is None:
+        stage(job)
+    else:
+        stage(job, text)
+    job.close()
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(lambda record: record.name.startswith("glider_dist") or record.levelno >= logging.WARNING)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _fail(message: str) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        # A mistake that all ranks see is told by rank 0; the launcher ends the others within a second or two.
+        time.sleep(4)
+        message = f"rank {rank}: {message}"
+    print(f"glider-dist: error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _help(name: str) -> str:
+    if name not in COMMANDS:
+        rows = "\n".join(f"  {key:14} {command.doc}" for key, command in COMMANDS.items())
+        return f"{USAGE}\ncommands:\n{rows}\n\n`glider-dist COMMAND --help` lists every setting."
+    flags = "flags: --ranks N, --fresh\n" if COMMANDS[name].launches else ""
+    lines = []
+    for setting in settings():
+        default = COMMANDS[name].defaults.get(setting.key, setting.default)
+        choices = f" [{'|'.join(setting.choices)}]" if setting.choices else ""
+        lines.append(f"  {setting.key}={default}  ({setting.kind}){choices}\n      {setting.doc}")
+    return f"{USAGE}\n{name}: {COMMANDS[name].doc}\n{flags}\nsettings:\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

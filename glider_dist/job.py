@@ -1,0 +1,107 @@
+"""One job: its configuration, its processes, and what several stages share (tasks, base model, pool, run).
+
+Everything is made on first use, so that a stage can check its input before anything is written, and the
+quickstart, which runs all stages in one launch, loads the base once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from glider_dist.config import Config
+from glider_dist.errors import GliderError
+from glider_dist.model.base import BaseModel, load_base
+from glider_dist.model.batch import Collator
+from glider_dist.model.engine import FrozenBase
+from glider_dist.model.sites import fingerprint
+from glider_dist.parallel.ranks import Ranks
+from glider_dist.pool import ExpertPool, Fingerprint
+from glider_dist.tasks.source import TaskSuite, load_tasks
+from glider_dist.tracking.run import Run
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """See the module. ``run_dir`` is ``cfg.run_dir`` or ``runs/STAGE``."""
+
+    def __init__(self, cfg: Config, stage: str, ranks: Ranks):
+        cfg.validate()
+        self.cfg = cfg
+        self.stage = stage
+        self.ranks = ranks
+        self.run_dir = Path(cfg.run_dir or f"runs/{stage}")
+        ranks.check_agreement("configuration", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+
+    @cached_property
+    def tasks(self) -> TaskSuite:
+        return load_tasks(self.cfg.tasks, self.cfg.seed)
+
+    @cached_property
+    def base(self) -> BaseModel:
+        with self.main_first():
+            base = load_base(self.cfg.base, self.cfg.dtype, str(self.ranks.device))
+        log.info("base %s on %s, %s", base.source, base.device, base.reason)
+        return base
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Taken before experts or DeepSpeed change the model's modules."""
+        return fingerprint(self.base.model, self.base.weights_hash)
+
+    @cached_property
+    def frozen(self) -> FrozenBase:
+        _ = self.fingerprint
+        return FrozenBase(self.base, self.ranks, self.cfg.zero_stage)
+
+    @cached_property
+    def collator(self) -> Collator:
+        return Collator(self.base, self.cfg.tasks.max_length)
+
+    @cached_property
+    def run(self) -> Run:
+        """The run directory; the first use writes it."""
+        config = OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True)
+        assert isinstance(config, dict)
+        return Run.start(self.run_dir, {str(k): v for k, v in config.items()}, self.stage, self.cfg.tracking, self.ranks.is_main)
+
+    @property
+    def pool_path(self) -> Path:
+        """Raises GliderError if no pool is named."""
+        if self.cfg.pool is None:
+            raise GliderError(f"{self.stage} needs a pool; add pool=FOLDER")
+        return Path(self.cfg.pool)
+
+    def open_pool(self, check_base: bool = True) -> ExpertPool:
+        """The pool as it is on disk now; raises GliderError if it is missing or for another base."""
+        pool = ExpertPool.open(self.pool_path)
+        if check_base:
+            pool.check_base(self.fingerprint)
+        return pool
+
+    def create_pool(self) -> ExpertPool:
+        """Open the pool, or make it for this base; safe when all ranks do it at once."""
+        if self.ranks.is_main:
+            ExpertPool.create(self.pool_path, self.cfg.base, self.fingerprint)
+        self.ranks.barrier()
+        return self.open_pool()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let rank 0 fill shared caches before the others look into them."""
+        if not self.ranks.is_main:
+            self.ranks.barrier()
+        yield
+        if self.ranks.is_main:
+            self.ranks.barrier()
+
+    def close(self) -> None:
+        if "run" in self.__dict__:
+            self.run.finish()
+        self.ranks.close()

@@ -1,0 +1,232 @@
+"""The frozen base model: where it comes from, in which dtype it computes and on which device."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from glider_dist.errors import GliderError
+from glider_dist.model.cache import weights_hash
+from glider_dist.model.download import smollm2_folder
+from glider_dist.model.gguf import first_line, gguf_folder
+
+OFFLINE_DEFAULT = "smollm2-135m"
+TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen language model in eval mode with its tokenizer.
+
+    ``source`` is the resolved model folder or the hub id; ``reason`` says in one phrase why ``dtype``.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    device: torch.device
+    source: str
+    reason: str
+
+    @functools.cached_property
+    def weights_hash(self) -> str | None:
+        """Hex SHA-256 of the safetensors files, see :func:`glider_dist.model.cache.weights_hash`.
+
+        Computed on first use (about 0.2 s for 270 MB) and remembered in the cache. None where the
+        weights are no safetensors files or the hub's snapshot folder is unknown.
+        """
+        folder = Path(self.source)
+        if not folder.is_dir():
+            config = try_to_load_from_cache(self.source, "config.json")
+            if not isinstance(config, str):
+                return None
+            folder = Path(config).parent
+        return weights_hash(folder)
+
+
+def load_base(base: str, dtype: str = "auto", device: str = "auto") -> BaseModel:
+    """Load a causal or encoder-decoder language model, frozen, in eval mode, with its tokenizer.
+
+    The tokenizer has a pad token (the end token where it had none) and pads causal models on the left.
+
+    Args:
+        base: ``smollm2-135m``, a model folder, a path to a ``.gguf`` file or a hub id. A hub model that is
+            already in the Hugging Face cache is taken from there without asking the hub.
+        dtype: ``auto``, ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where the device is fast in it.
+        device: ``auto`` (the current CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        GliderError: the base cannot be found, fetched or read, ``dtype`` is unknown, or the device absent.
+    """
+    target = _choose_device(device)
+    chosen, reason = choose_dtype(dtype, target)
+    source = _resolve(base)
+    if Path(source).is_dir():
+        model, tokenizer = _load(source, chosen, target, local_only=True)
+    else:
+        model, tokenizer = _load_from_hub(source, chosen, target)
+    model.requires_grad_(False).eval()
+    _set_padding(model, tokenizer, source)
+    return BaseModel(model, tokenizer, chosen, target, source, reason)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype for ``auto``, ``float32`` or ``bfloat16`` on this device, and why, in one phrase.
+
+    Raises:
+        GliderError: ``dtype`` is something else.
+    """
+    if dtype in ("float32", "bfloat16"):
+        return getattr(torch, dtype), f"{dtype}: asked for"
+    if dtype != "auto":
+        raise GliderError(f"dtype is {dtype!r}, but must be auto, float32 or bfloat16")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if native:
+            return torch.bfloat16, f"bfloat16: {name} computes in it"
+        return torch.float32, f"float32: {name} only emulates bfloat16"
+    features = _bfloat16_features()
+    if features:
+        return torch.bfloat16, f"bfloat16: the processor has {' and '.join(features)}"
+    return torch.float32, "float32: the processor has neither avx512_bf16 nor amx_bf16"
+
+
+def _bfloat16_features() -> list[str]:
+    wanted = ("avx512_bf16", "amx_bf16")
+    if platform.system() == "Darwin":
+        return []
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # not in every supported torch
+    if capabilities is not None:
+        found = capabilities()
+        return [name for name in wanted if found.get(name)]
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [name for name in wanted if name in flags]
+
+
+def _choose_device(device: str) -> torch.device:
+    try:
+        target = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise GliderError(f"device is {device!r}, but must be auto, cpu or cuda") from error
+    if target.type == "cpu":
+        return target
+    if target.type != "cuda":
+        raise GliderError(f"device is {device!r}, but must be auto, cpu or cuda")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count <= (target.index or 0):
+        raise GliderError(f"device is {device!r}, but torch sees {count} CUDA devices here; pass device=cpu")
+    return torch.device("cuda", torch.cuda.current_device() if target.index is None else target.index)
+
+
+def _resolve(base: str) -> str:
+    """Path of a folder that exists and has a config.json, or a hub id, not yet checked."""
+    if base == OFFLINE_DEFAULT:
+        return str(smollm2_folder())
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise GliderError(
+                f"{path} has no config.json, so it is no model folder; "
+                f"pass base=FOLDER as save_pretrained writes it"
+            )
+        # transformers makes up an empty tokenizer for some architectures rather than miss the files.
+        if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+            raise GliderError(f"{path} has no tokenizer files; save the base's tokenizer there too")
+        return str(path.resolve())
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise GliderError(f"there is no file {path}; pass the path of a .gguf file that exists")
+        return str(gguf_folder(path))
+    if path.exists():
+        raise GliderError(
+            f"{path} is neither a model folder nor a .gguf file; pass base=FOLDER, FILE.gguf or a hub id"
+        )
+    return base
+
+
+def _load_from_hub(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if isinstance(_cached_config(name), str):
+        try:
+            return _load(name, dtype, device, local_only=True)
+        except GliderError:
+            pass  # only a part of it is cached
+    try:
+        hf_hub_download(name, "config.json")
+    except HFValidationError as error:
+        raise GliderError(
+            f"there is no folder {name}, and it is no hub id either; pass base=FOLDER"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise GliderError(
+            f"no network and no cached copy of {name!r}; pass base=FOLDER with a model that is already here, "
+            f"or base={OFFLINE_DEFAULT}"
+        ) from error
+    except OSError as error:
+        raise GliderError(
+            f"the hub does not give out {name!r} ({first_line(error)}); check the id"
+        ) from error
+    return _load(name, dtype, device, local_only=False)
+
+
+def _cached_config(name: str) -> object:
+    try:
+        return try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+
+
+def _load(
+    source: str, dtype: torch.dtype, device: torch.device, local_only: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # On a GPU the weights go there straight from the file, without a copy in each process's memory.
+    device_map = device if device.type == "cuda" else None
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=local_only)
+        auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
+        model = auto.from_pretrained(
+            source, config=config, dtype=dtype, device_map=device_map, local_files_only=local_only
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise GliderError(
+            f"cannot load the base {source} ({first_line(error)}); pass base=FOLDER with config.json, "
+            f"weights and tokenizer of a causal or encoder-decoder language model"
+        ) from error
+    return model, tokenizer
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise GliderError(
+                f"the tokenizer of {source} has neither a pad nor an end token; "
+                f"set one in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    for config in (model.config, model.generation_config):
+        if config is not None and getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
+    if not model.config.is_encoder_decoder:
+        tokenizer.padding_side = "left"

@@ -1,0 +1,81 @@
+"""The frozen base in a DeepSpeed engine: replicated on every rank, or sharded over the ranks by ZeRO 3.
+
+There is no optimizer: experts live outside the engine's module tree and train by themselves. Under ZeRO 3 every
+forward and backward is a collective, so all ranks must run the same number of each in the same order; ``turn``
+makes them agree before each one, and a rank without work runs a dummy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from glider_dist.errors import GliderError
+from glider_dist.model.base import BaseModel
+from glider_dist.parallel.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+IDLE, FORWARD, BACKWARD, GENERATE = range(4)
+_GENERATE_LIMIT_BYTES = 4 << 30
+
+
+class FrozenBase:
+    """The base model, ready to run on this rank.
+
+    Attributes:
+        model: the Hugging Face model to call (not the engine, which refuses a backward without an optimizer).
+        sharded: True under ZeRO 3.
+    """
+
+    def __init__(self, base: BaseModel, ranks: Ranks, zero_stage: int):
+        self.model: Any = base.model
+        self.ranks = ranks
+        self.sharded = zero_stage == 3 and ranks.world > 1
+        self.nbytes = sum(p.nbytes for p in self.model.parameters())
+        if ranks.world > 1:
+            self.engine = _engine(self.model, zero_stage, base.dtype)
+
+    def turn(self, kind: int) -> int:
+        """What all ranks run now: the largest kind any of them asks for. Free of cost when replicated."""
+        if not self.sharded:
+            return kind
+        if kind == GENERATE and self.nbytes > _GENERATE_LIMIT_BYTES:
+            raise GliderError(
+                f"generation under ZeRO 3 gathers the whole base ({self.nbytes / 2**30:.1f} GiB) for every token; "
+                "use zero_stage=0, a quantised base, or rank classification"
+            )
+        agreed = self.ranks.largest(kind)
+        if GENERATE in (agreed, kind) and kind not in (agreed, IDLE):
+            raise GliderError("some ranks generate while others score; run the same stage on all ranks")
+        return agreed
+
+    def drain(self, dummy: Callable[[int], None]) -> None:
+        """Run ``dummy(kind)`` until every rank is out of work."""
+        while (kind := self.turn(IDLE)) != IDLE:
+            dummy(kind)
+
+
+def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
+    import deepspeed
+
+    # Its shared-memory all-reduce is compiled at start-up (a minute, and a killed build leaves a lock on which
+    # every later run waits); gloo serves as well, and nothing here all-reduces large tensors on a CPU.
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
+    if "deepspeed_shm_comm" in compatible:
+        compatible["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist.get_backend(), verbose=False)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 10_000},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 1_000_000_000,
+    }
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine

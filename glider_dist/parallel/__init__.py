@@ -1,0 +1,1 @@
+"""Processes, placement and exchange."""

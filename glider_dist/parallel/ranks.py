@@ -1,0 +1,142 @@
+"""The processes of a job: who this one is, its device, its threads, and small messages between all of them.
+
+Works under the ``deepspeed`` launcher, ``torchrun``, ``srun`` and as a single process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from glider_dist.errors import GliderError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the job's processes.
+
+    Attributes:
+        rank, world: position and number of processes.
+        local_rank, local_world: the same on this node.
+        device: ``cuda:local_rank`` or ``cpu``.
+        control: a gloo group for small messages; None in a single process.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def gather(self, value: T) -> list[T]:
+        """``value`` of every rank, in order of rank, on every rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def largest(self, value: int) -> int:
+        """The largest ``value`` of all ranks."""
+        if self.control is None:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
+    def check_agreement(self, what: str, text: str) -> None:
+        """Raises GliderError, naming the ranks, unless ``text`` is the same on all of them."""
+        digests = self.gather(hashlib.sha256(text.encode()).hexdigest())
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            raise GliderError(
+                f"rank {', '.join(map(str, odd))} has another {what} than rank 0; start all ranks with the same one"
+            )
+
+    def close(self) -> None:
+        if self.control is not None and dist.is_initialized():
+            dist.barrier(group=self.control)
+            dist.destroy_process_group()
+
+
+def _environment() -> tuple[int, int, int, int]:
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        if "MASTER_ADDR" not in env:
+            raise GliderError("MASTER_ADDR is not set; export it in the batch script (first host of the job)")
+    world = int(env.get("WORLD_SIZE", "1"))
+    local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env.get("SLURM_NTASKS_PER_NODE") or world
+    return int(env.get("RANK", "0")), world, int(env.get("LOCAL_RANK", "0")), min(int(local_world), world)
+
+
+def start_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> Ranks:
+    """Read the launcher's environment, choose device and threads, and join the process group.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        timeout_minutes: how long a collective may wait before the job is ended.
+
+    Raises:
+        GliderError: no GPU where one was asked for, or fewer GPUs than ranks on this node.
+    """
+    rank, world, local_rank, local_world = _environment()
+    cuda = torch.cuda.is_available() and device in ("auto", "cuda")
+    if device == "cuda" and not cuda:
+        raise GliderError("device=cuda, but torch sees no GPU here; use device=cpu or a CUDA build of torch")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise GliderError(
+            f"rank {rank} needs GPU {local_rank}, but this node has {torch.cuda.device_count()}; start fewer ranks"
+        )
+    if cuda:
+        target = torch.device("cuda", local_rank)
+        torch.cuda.set_device(target)
+    else:
+        target = torch.device("cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # The deepspeed launcher sets no thread count; two ranks on two cores would run four threads.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world))
+        _keep_memory()
+    control = None
+    if world > 1:
+        timeout = timedelta(minutes=timeout_minutes)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=target if cuda else None)
+        control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
+    return Ranks(rank, world, local_rank, local_world, target, control)
+
+
+def _keep_memory() -> None:
+    """Let glibc keep freed blocks instead of returning them: a fresh 10 MB tensor costs its page faults anew
+    each time, which on a CPU is more than the elementwise work on it."""
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+    except (OSError, AttributeError):
+        log.debug("mallopt is not available; memory is returned to the system as usual")

@@ -1,0 +1,121 @@
+"""Reading a configuration: YAML file, then ``key=value``, into :class:`~glider_dist.config.Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from glider_dist.config import Config
+from glider_dist.errors import GliderError
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One configuration key: dotted name, type in words, default, meaning, allowed values."""
+
+    key: str
+    kind: str
+    default: Any
+    doc: str
+    choices: tuple[str, ...]
+
+
+def settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
+    """Every key of the configuration, in order."""
+    hints = typing.get_type_hints(cls)
+    default = cls()
+    for item in dataclasses.fields(cls):
+        key = f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from settings(hints[item.name], f"{key}.")
+        else:
+            metadata = item.metadata
+            yield Setting(key, _in_words(hints[item.name]), getattr(default, item.name), metadata["doc"], metadata["choices"])
+
+
+def _in_words(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join("None" if arg is type(None) else _in_words(arg) for arg in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"list of {_in_words(typing.get_args(hint)[0])}"
+    return str(hint.__name__)
+
+
+def read_config(file: Path | None, overrides: Sequence[str], defaults: dict[str, Any] | None = None) -> Config:
+    """Defaults, then the YAML file, then ``key=value`` in order.
+
+    Raises:
+        GliderError: a missing or broken file, an unknown key (the nearest one is named), a wrong type or a value
+            that is not among the choices, each with the place it came from.
+    """
+    config = OmegaConf.structured(Config)
+    for key, value in (defaults or {}).items():
+        OmegaConf.update(config, key, value)
+    if file is not None:
+        config = _merge(config, _read_yaml(file), str(file))
+    for item in overrides:
+        key, sign, _ = item.partition("=")
+        if not sign or not key:
+            raise GliderError(f"{item!r} is not key=value")
+        try:
+            value = OmegaConf.from_dotlist([item])
+        except Exception as error:
+            raise GliderError(f"{item!r} cannot be read: {_first_line(error)}") from None
+        config = _merge(config, value, "the command line")
+    for setting in settings():
+        value = OmegaConf.select(config, setting.key)
+        if setting.choices and value not in setting.choices:
+            raise GliderError(f"{setting.key}={value!r}, but must be one of {', '.join(setting.choices)}")
+    result = OmegaConf.to_object(config)
+    assert isinstance(result, Config)
+    result.validate()
+    return result
+
+
+def _read_yaml(file: Path) -> DictConfig:
+    if not file.is_file():
+        raise GliderError(f"the configuration file {file} does not exist")
+    try:
+        value = OmegaConf.load(file)
+    except Exception as error:
+        raise GliderError(f"{file} is not valid YAML: {_first_line(error)}") from None
+    if not isinstance(value, DictConfig):
+        raise GliderError(f"{file} must hold keys and values")
+    return value
+
+
+def _merge(config: Any, value: DictConfig, origin: str) -> Any:
+    known = {setting.key: setting for setting in settings()}
+    for key in _leaves(value, known):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise GliderError(f"{origin}: unknown key {key!r}; the nearest is {near[0]!r}")
+    try:
+        return OmegaConf.merge(config, value)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or "")
+        kind = f" ({known[key].kind} is expected)" if key in known else ""
+        raise GliderError(f"{origin}: {key or 'a key'} has the wrong type{kind}: {_first_line(error)}") from None
+
+
+def _leaves(value: Any, known: dict[str, Setting], prefix: str = "") -> Iterator[str]:
+    for name in value:
+        key = f"{prefix}{name}"
+        inner = value._get_node(name)
+        groups = any(other.startswith(key + ".") for other in known)
+        if isinstance(inner, DictConfig) and not inner._is_none() and key not in known and groups:
+            yield from _leaves(inner, known, f"{key}.")
+        else:
+            yield key
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
