@@ -34,19 +34,28 @@ class Command:
     launches: bool = False
 
 
+_TRAINING = "glider_dist.training.experts"
+_EVALUATION = "glider_dist.evaluation"
+
 COMMANDS = {
     "quickstart": Command(
-        "glider_dist.quickstart:run", "the whole method on a small model: train, route, evaluate, answer a query",
-        takes_text=True, launches=True,
+        "glider_dist.quickstart:run",
+        "the whole method on a small model: train, route, evaluate, answer a query",
+        takes_text=True,
+        launches=True,
     ),
-    "train-experts": Command("glider_dist.training.experts:train_experts", "train a LoRA expert for each held-in task"),
-    "train-gates": Command("glider_dist.training.experts:train_gates", "train the local router's gate of each expert"),
+    "train-experts": Command(f"{_TRAINING}:train_experts", "train a LoRA expert for each held-in task"),
+    "train-gates": Command(f"{_TRAINING}:train_gates", "train the local router's gate of each expert"),
     "describe": Command("glider_dist.semantics.describe:run", "write each expert's description into its card"),
     "index": Command("glider_dist.semantics.index:run", "embed the descriptions into the global router's index"),
-    "calibrate": Command("glider_dist.evaluation.calibrate:run", "choose alpha_in, alpha_out and threshold on validation queries"),
-    "evaluate": Command("glider_dist.evaluation.evaluate:run", "score the routers on test queries and print the table"),
-    "predict": Command("glider_dist.evaluation.predict:run", "answer one text and show which experts served it", takes_text=True),
-}  # fmt: skip
+    "calibrate": Command(
+        f"{_EVALUATION}.calibrate:run", "choose alpha_in, alpha_out and threshold on validation queries"
+    ),
+    "evaluate": Command(f"{_EVALUATION}.evaluate:run", "score the routers on test queries and print the table"),
+    "predict": Command(
+        f"{_EVALUATION}.predict:run", "answer a text and show which experts served it", takes_text=True
+    ),
+}
 
 USAGE = """usage: glider-dist COMMAND [CONFIG.yaml] [key=value ...] [--help]
        deepspeed --num_gpus N --module glider_dist COMMAND [CONFIG.yaml] [key=value ...]

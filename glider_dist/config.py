@@ -22,9 +22,15 @@ def _setting(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
 @dataclass
 class TasksConfig:
     source: str = _setting("procedural", "where tasks come from", ("procedural", "jsonl", "datasets"))
-    path: str | None = _setting(None, "jsonl: the folder with tasks.json; datasets: a JSON file that maps data sets")
-    held_in: list[str] = _setting([], "names of tasks to train experts for; empty: every task whose split is held_in")
-    held_out: list[str] = _setting([], "names of tasks to evaluate only; empty: every task whose split is held_out")
+    path: str | None = _setting(
+        None, "jsonl: the folder with tasks.json; datasets: a JSON file that maps data sets"
+    )
+    held_in: list[str] = _setting(
+        [], "names of tasks to train experts for; empty: every task whose split is held_in"
+    )
+    held_out: list[str] = _setting(
+        [], "names of tasks to evaluate only; empty: every task whose split is held_out"
+    )
     limit: int | None = _setting(None, "examples per task and split at most; None: all (procedural: 512/64/64)")
     max_length: int = _setting(512, "tokens per example at most, prompt and answer together")
 
@@ -95,7 +101,9 @@ class EvaluateConfig:
 @dataclass
 class CalibrateConfig:
     queries: int = _setting(16, "validation queries per held-in task")
-    alphas: list[float] = _setting([1.0, 3.0, 10.0, 20.0, 50.0, 100.0], "candidate values of alpha_in and alpha_out")
+    alphas: list[float] = _setting(
+        [1.0, 3.0, 10.0, 20.0, 50.0, 100.0], "candidate values of alpha_in and alpha_out"
+    )
 
 
 @dataclass
@@ -105,9 +113,13 @@ class Config:
     run_dir: str | None = _setting(None, "config, log, metrics and results go here; None: runs/STAGE")
     seed: int = _setting(0, "seed of tasks, initial weights, data order and bootstrap")
     device: str = _setting("auto", "device of the base model", ("auto", "cpu", "cuda"))
-    dtype: str = _setting("auto", "dtype of the base model; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16"))
+    dtype: str = _setting(
+        "auto", "dtype of the base model; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16")
+    )
     zero_stage: int = _setting(0, "0: the base replicated on every rank; 3: sharded over the ranks by ZeRO 3")
-    embedder: str = _setting("all-minilm-l6-v2", "sentence-transformers id or folder; the default needs no network")
+    embedder: str = _setting(
+        "all-minilm-l6-v2", "sentence-transformers id or folder; the default needs no network"
+    )
     tracking: str = _setting("offline", "Weights & Biases mode", ("offline", "online", "off"))
     tasks: TasksConfig = field(default_factory=TasksConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -155,7 +167,9 @@ class Config:
             if value <= 0:
                 raise GliderError(f"{key} is {value}, but must be greater than 0")
         if self.zero_stage not in (0, 3):
-            raise GliderError(f"zero_stage is {self.zero_stage}, but a frozen base is replicated (0) or sharded (3)")
+            raise GliderError(
+                f"zero_stage is {self.zero_stage}, but a frozen base is replicated (0) or sharded (3)"
+            )
         if self.router.top_p is not None and not 0 < self.router.top_p <= 1:
             raise GliderError(f"router.top_p is {self.router.top_p}, but must lie in (0, 1]")
         if not 0 <= self.train.warmup_ratio < 1:
@@ -164,4 +178,6 @@ class Config:
             raise GliderError("calibrate.alphas must name at least one value, none of them negative")
         both = set(self.tasks.held_in) & set(self.tasks.held_out)
         if both:
-            raise GliderError(f"task {sorted(both)[0]!r} is in tasks.held_in and in tasks.held_out; keep it in one")
+            raise GliderError(
+                f"task {sorted(both)[0]!r} is in tasks.held_in and in tasks.held_out; keep it in one"
+            )

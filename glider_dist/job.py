@@ -69,7 +69,13 @@ class Job:
         """The run directory; the first use writes it."""
         config = OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True)
         assert isinstance(config, dict)
-        return Run.start(self.run_dir, {str(k): v for k, v in config.items()}, self.stage, self.cfg.tracking, self.ranks.is_main)
+        return Run.start(
+            self.run_dir,
+            {str(k): v for k, v in config.items()},
+            self.stage,
+            self.cfg.tracking,
+            self.ranks.is_main,
+        )
 
     @property
     def pool_path(self) -> Path:

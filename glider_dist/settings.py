@@ -38,7 +38,13 @@ def settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
             yield from settings(hints[item.name], f"{key}.")
         else:
             metadata = item.metadata
-            yield Setting(key, _in_words(hints[item.name]), getattr(default, item.name), metadata["doc"], metadata["choices"])
+            yield Setting(
+                key,
+                _in_words(hints[item.name]),
+                getattr(default, item.name),
+                metadata["doc"],
+                metadata["choices"],
+            )
 
 
 def _in_words(hint: Any) -> str:
@@ -72,6 +78,10 @@ def read_config(file: Path | None, overrides: Sequence[str], defaults: dict[str,
         config = _merge(config, value, "the command line")
     for setting in settings():
         value = OmegaConf.select(config, setting.key)
+        if value == "False" and "off" in setting.choices:
+            # YAML reads a bare off as a boolean.
+            value = "off"
+            OmegaConf.update(config, setting.key, value)
         if setting.choices and value not in setting.choices:
             raise GliderError(f"{setting.key}={value!r}, but must be one of {', '.join(setting.choices)}")
     result = OmegaConf.to_object(config)

@@ -19,5 +19,7 @@ def reference(name: str) -> Path:
     """A folder of reference data kept beside the repository, or skip with a sentence that says so."""
     folder = SHARED / name
     if not folder.exists():
-        pytest.skip(f"reference data {folder} is not there; set GLIDER_DIST_SHARED to the folder that holds {name}")
+        pytest.skip(
+            f"reference data {folder} is not there; set GLIDER_DIST_SHARED to the folder that holds {name}"
+        )
     return folder

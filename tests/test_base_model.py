@@ -45,10 +45,7 @@ CPU = torch.device("cpu")
 def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own for each test, but for those that use the 135M model this machine already has."""
     folder = tmp_path / "cache"
-    if (
-        request.node.get_closest_marker("model") is None
-        or request.node.get_closest_marker("slow") is not None
-    ):
+    if request.node.get_closest_marker("model") is None or request.node.get_closest_marker("slow") is not None:
         monkeypatch.setenv("GLIDER_DIST_CACHE", str(folder))
     return folder
 
@@ -367,9 +364,7 @@ def test_two_processes_that_start_together_convert_a_gguf_file_once(tmp_path: Pa
     assert isinstance(load_base(first, device="cpu").model, LlamaForCausalLM)
 
 
-def test_a_process_killed_while_it_builds_leaves_nothing_that_looks_finished(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_a_process_killed_while_it_builds_leaves_nothing_that_looks_finished(tmp_path: Path, cache: Path) -> None:
     started = tmp_path / "started"
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom glider_dist.model.cache import build_once\n"

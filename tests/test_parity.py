@@ -22,7 +22,13 @@ def load(name: str) -> tuple[Path, torch.nn.Module, dict, dict, dict]:
     auto = AutoModelForSeq2SeqLM if name.startswith("t5") else AutoModelForCausalLM
     model = auto.from_pretrained(folder / "base", dtype=torch.float32).eval()
     meta = json.loads((folder / "meta.json").read_text())
-    return folder, model, load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors"), meta
+    return (
+        folder,
+        model,
+        load_file(folder / "inputs.safetensors"),
+        load_file(folder / "expected.safetensors"),
+        meta,
+    )
 
 
 def make_pool(folder: Path, target: Path, only: int | None = None) -> gd.ExpertPool:
@@ -112,7 +118,9 @@ def test_an_assigned_expert_equals_that_expert_alone_in_a_mixed_batch(name, tmp_
     ids = torch.arange(batch) % meta["num_experts"]
     with gd.assign_experts(model, ids):
         logits = forward(model, inputs)
-    compared = [(row, index) for row, index in enumerate(ids.tolist()) if f"single_expert{index}.logits" in expected]
+    compared = [
+        (row, index) for row, index in enumerate(ids.tolist()) if f"single_expert{index}.logits" in expected
+    ]
     assert compared
     for row, index in compared:
         one = {key: value[row : row + 1] for key, value in inputs.items()}

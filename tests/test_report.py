@@ -26,9 +26,7 @@ def _result(router: str, sentiment: list[float], number: list[float], french: li
         ("french", "held_out", french),
     )
     queries = [
-        _query(task, index, split, score)
-        for task, split, scores in tasks
-        for index, score in enumerate(scores)
+        _query(task, index, split, score) for task, split, scores in tasks for index, score in enumerate(scores)
     ]
     return RouterResult(router, tuple(queries), seconds=16.0, ranks=2)
 

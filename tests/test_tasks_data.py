@@ -19,9 +19,7 @@ def folder() -> str:
     root = Path(__file__).parents[1]
     path = Path(os.environ.get("GLIDER_DIST_DATA", root.parent / "shared" / "data"))
     if not (path / "tasks.json").is_file():
-        pytest.skip(
-            f"the real task data is not at {path}; set GLIDER_DIST_DATA to the folder with its tasks.json"
-        )
+        pytest.skip(f"the real task data is not at {path}; set GLIDER_DIST_DATA to the folder with its tasks.json")
     return str(path)
 
 
@@ -56,6 +54,4 @@ def test_a_held_out_task_has_nothing_to_train_on(folder):
 
 def test_a_limit_holds_for_every_task(folder):
     cfg = TasksConfig(source="jsonl", path=folder, held_in=["ii_antonyms", "snips_intent"], limit=24)
-    assert {
-        len(task.examples(part)) for task in load_tasks(cfg, 0).held_in for part in ("train", "test")
-    } == {24}
+    assert {len(task.examples(part)) for task in load_tasks(cfg, 0).held_in for part in ("train", "test")} == {24}

@@ -25,9 +25,7 @@ def _data(folder: Path, **splits: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _rows(count: int, start: int = 0) -> list[dict[str, Any]]:
-    return [
-        {"text": f" remark {n} ", "label": n % 2, "word": f"word{n}"} for n in range(start, start + count)
-    ]
+    return [{"text": f" remark {n} ", "label": n % 2, "word": f"word{n}"} for n in range(start, start + count)]
 
 
 def _task(folder: Path, limit: int | None = None, **record: Any) -> Task:
@@ -121,9 +119,7 @@ def test_an_unlabelled_row_is_reported_instead_of_taking_the_last_choice(tmp_pat
 
 def test_a_template_that_does_not_fit_is_reported_with_the_columns(tmp_path):
     task = _task(tmp_path, data_files=_data(tmp_path, train=_rows(20)), input="{sentence}")
-    with pytest.raises(
-        GliderError, match=r"'\{sentence\}' does not fit the columns \['label', 'text', 'word'\]"
-    ):
+    with pytest.raises(GliderError, match=r"'\{sentence\}' does not fit the columns \['label', 'text', 'word'\]"):
         task.examples("train")
 
 
@@ -179,10 +175,7 @@ def test_a_data_set_out_of_reach_is_one_clear_error(tmp_path):
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert (
-        "GliderError: the data set 'no-such-owner/no-such-data-set' is neither cached nor within reach"
-        in last
-    )
+    assert "GliderError: the data set 'no-such-owner/no-such-data-set' is neither cached nor within reach" in last
 
 
 def test_the_data_sets_library_is_not_imported_for_the_other_sources():

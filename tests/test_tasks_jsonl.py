@@ -38,9 +38,7 @@ def _only(folder: Path, limit: int | None = None) -> Task:
 
 def test_a_task_is_read_with_its_texts_and_examples(tmp_path):
     _write(tmp_path, LINES, category="Toys")
-    wordings = {
-        "toy": {"expert_descriptions": ["Judges."], "query_instructions": ["Judge it.", "good or bad?"]}
-    }
+    wordings = {"toy": {"expert_descriptions": ["Judges."], "query_instructions": ["Judge it.", "good or bad?"]}}
     (tmp_path / "instructions.json").write_text(json.dumps(wordings), encoding="utf-8")
     task = _only(tmp_path)
     assert (task.name, task.split, task.metric, task.category) == ("toy", "held_in", "exact_match", "Toys")

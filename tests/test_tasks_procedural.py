@@ -74,9 +74,7 @@ def test_no_input_of_a_test_is_a_training_input_under_another_seed(name):
     tested = {example.input for example in TASKS[name].examples("test")}
     for seed in (1, 2):
         other = next(task for task in make_tasks(seed, limit=None) if task.name == name)
-        assert not tested & {
-            example.input for part in ("train", "validation") for example in other.examples(part)
-        }
+        assert not tested & {example.input for part in ("train", "validation") for example in other.examples(part)}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -70,17 +70,13 @@ def score(metric: str, prediction: str, targets: Sequence[str]) -> float:
         GliderError: if the metric is unknown or there is no target.
     """
     if metric not in _METRICS:
-        raise GliderError(
-            f"metric {metric!r} is unknown; a task's metric must be one of {', '.join(_METRICS)}"
-        )
+        raise GliderError(f"metric {metric!r} is unknown; a task's metric must be one of {', '.join(_METRICS)}")
     return _METRICS[metric](prediction, targets)
 
 
 def _some(targets: Sequence[str]) -> Sequence[str]:
     if isinstance(targets, str) or not targets:
-        raise GliderError(
-            f"an answer needs a non-empty list of targets to be scored against, not {targets!r}"
-        )
+        raise GliderError(f"an answer needs a non-empty list of targets to be scored against, not {targets!r}")
     return targets
 
 

@@ -98,15 +98,11 @@ def summary_table(results: Sequence[RouterResult], samples: int, seed: int) -> s
         f"[low, high]: 95 % bootstrap interval, {samples} samples of tasks, then of queries within each.",
     ]
     if own_first:
-        lines.append(
-            "Own expert first: share of held-in queries whose largest global score is their own task's."
-        )
+        lines.append("Own expert first: share of held-in queries whose largest global score is their own task's.")
     if by_choice:
         lines.append("By choice: how often the right choice is the likeliest, over tasks that list choices.")
     if "oracle" in summaries:
-        lines.append(
-            "oracle, held-out: the best expert in hindsight, chosen by its loss on the scored queries;"
-        )
+        lines.append("oracle, held-out: the best expert in hindsight, chosen by its loss on the scored queries;")
         lines.append("  an upper reference, not a method.")
     return "\n".join(lines) + "\n"
 
@@ -143,9 +139,7 @@ def write_reports(
     if difference:
         content["glider_minus_phatgoose"] = {split: asdict(value) for split, value in difference.items()}
     if content.keys() & extra.keys():
-        raise GliderError(
-            f"extra key {min(content.keys() & extra.keys())!r} is taken in results.json; rename it"
-        )
+        raise GliderError(f"extra key {min(content.keys() & extra.keys())!r} is taken in results.json; rename it")
     fields = ("task", "split", "id", "score", "choice_score", "own_first", "prediction", "target")
     queries: list[list[Any]] = [["router", *fields]]
     queries += [

@@ -60,9 +60,10 @@ class Collator:
         config: Any = base.model.config
         self.seq2seq = bool(config.is_encoder_decoder)
         self.pad = int(self.tokenizer.pad_token_id)
-        self.start = getattr(config, "decoder_start_token_id", None)
-        if self.seq2seq and self.start is None:
+        start = getattr(config, "decoder_start_token_id", None)
+        if self.seq2seq and start is None:
             raise GliderError(f"{base.source}: config.json has no decoder_start_token_id, which generation needs")
+        self.start = int(start or 0)
         names = inspect.signature(base.model.forward).parameters
         self.takes_positions = "position_ids" in names and not self.seq2seq
         self.keeps_logits = "logits_to_keep" in names
@@ -89,7 +90,9 @@ class Collator:
         room = self.max_length - (0 if self.seq2seq else len(answer_ids))
         if len(prompt_ids) > room:
             if not self._warned:
-                log.warning("a prompt has %d tokens; the middle of such prompts is cut out to fit", len(prompt_ids))
+                log.warning(
+                    "a prompt has %d tokens; the middle of such prompts is cut out to fit", len(prompt_ids)
+                )
                 self._warned = True
             head = room // 2
             prompt_ids = prompt_ids[:head] + prompt_ids[len(prompt_ids) - (room - head) :]
@@ -97,21 +100,21 @@ class Collator:
 
     def prompts(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """``input_ids`` and ``attention_mask`` ``[B, S]`` of the prompts alone, for generation."""
-        ids, mask = self._pad([item.prompt for item in encoded], left=not self.seq2seq)
+        ids, mask = self.pad_rows([item.prompt for item in encoded], left=not self.seq2seq)
         return {"input_ids": ids, "attention_mask": mask}
 
     def batch(self, encoded: Sequence[Encoded]) -> Batch:
         """Pad prompts with their answers."""
         answers = [item.answer for item in encoded]
         targets = torch.tensor([len(answer) for answer in answers], device=self.device)
-        labels, label_mask = self._pad(answers, left=not self.seq2seq)
+        labels, label_mask = self.pad_rows(answers, left=not self.seq2seq)
         labels = labels.masked_fill(label_mask == 0, IGNORED)
         if self.seq2seq:
             inputs: dict[str, Any] = self.prompts(encoded)
             shifted = [(self.start, *answer[:-1]) for answer in answers]
-            inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = self._pad(shifted, left=False)
+            inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = self.pad_rows(shifted, left=False)
             return Batch(inputs, labels, inputs["input_ids"].numel() + labels.numel(), targets)
-        ids, mask = self._pad([item.prompt + item.answer for item in encoded], left=True)
+        ids, mask = self.pad_rows([item.prompt + item.answer for item in encoded], left=True)
         inputs = {"input_ids": ids, "attention_mask": mask, **self.positions(mask)}
         if self.keeps_logits:
             inputs["logits_to_keep"] = labels.shape[1] + 1
@@ -125,7 +128,8 @@ class Collator:
         """One row of two tokens, for a rank without work."""
         return self.batch([Encoded((self.pad,), (self.pad,))])
 
-    def _pad(self, rows: Sequence[Sequence[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def pad_rows(self, rows: Sequence[Sequence[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask ``[B, longest]`` int64."""
         width = max(len(row) for row in rows)
         ids = torch.full((len(rows), width), self.pad)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)

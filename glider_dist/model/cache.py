@@ -99,8 +99,7 @@ def _locked(path: Path) -> Iterator[None]:
             lock.acquire()
     except (OSError, NotImplementedError) as error:
         raise GliderError(
-            f"cannot write or lock files in {path.parent} ({error}); "
-            f"set GLIDER_DIST_CACHE to a writable folder"
+            f"cannot write or lock files in {path.parent} ({error}); set GLIDER_DIST_CACHE to a writable folder"
         ) from error
     try:
         yield

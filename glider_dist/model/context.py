@@ -35,7 +35,11 @@ class RoutingContext:
     """
 
     def __init__(
-        self, model: nn.Module, names: tuple[str, ...], banks: dict[str, SiteBank], gates: dict[str, torch.Tensor]
+        self,
+        model: nn.Module,
+        names: tuple[str, ...],
+        banks: dict[str, SiteBank],
+        gates: dict[str, torch.Tensor],
     ):
         self.names = names
         self.banks = banks
@@ -78,7 +82,9 @@ class RoutingContext:
         if self.strategy.static == "none":
             return None
         if self.strategy.static == "assigned":
-            raise GliderError("router 'oracle' needs to be told: use glider_dist.assign_experts(model, expert_ids)")
+            raise GliderError(
+                "router 'oracle' needs to be told: use glider_dist.assign_experts(model, expert_ids)"
+            )
         if self.strategy.static == "merged":
             if site not in self._merged:
                 self._merged[site] = merge_site(self.banks[site])
@@ -90,7 +96,8 @@ class RoutingContext:
         """Set the queries' cosines ``c_e`` for the forwards inside; see :func:`glider_dist.query_scores`."""
         if similarity_BE.ndim != 2 or similarity_BE.shape[1] != len(self.names):
             raise GliderError(
-                f"similarity must be [queries, {len(self.names)}] for this pool, but is {list(similarity_BE.shape)}"
+                f"similarity must be [queries, {len(self.names)}] for this pool, "
+                f"but is {list(similarity_BE.shape)}"
             )
         before = self._bias_BE
         similarity_BE = at_least_fp32(similarity_BE)
@@ -193,4 +200,3 @@ def _query_of(tokens: Tokens, queries: int) -> torch.Tensor:
     if queries == 0 or tokens.batch % queries:
         raise GliderError(f"scores were given for {queries} queries, but the batch has {tokens.batch} rows")
     return tokens.row // (tokens.batch // queries)
-

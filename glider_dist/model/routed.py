@@ -45,4 +45,3 @@ class RoutedLinear(nn.Module):
         plan = plan_rows(route, bank.num_experts)
         context.count(self.site, plan.counts)
         return add_experts(y_To, x_Td, bank, plan, tokens.keep).view_as(y)
-

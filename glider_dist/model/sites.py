@@ -39,7 +39,8 @@ def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str
     Raises:
         GliderError: if a target names no layer.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    whole: Any = model
+    head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     sites = {}
     for name, module in model.named_modules():
         shape = _shape(module)
@@ -50,7 +51,9 @@ def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str
     for target in targets:
         if not any(_ends_with(name, target) for name in sites):
             kinds = sorted({name.rsplit(".", 1)[-1] for name in sites})
-            raise GliderError(f"lora.targets: no linear layer ends with {target!r}; the model has {', '.join(kinds)}")
+            raise GliderError(
+                f"lora.targets: no linear layer ends with {target!r}; the model has {', '.join(kinds)}"
+            )
     return {name: site for name, site in sites.items() if any(_ends_with(name, target) for target in targets)}
 
 

@@ -87,12 +87,13 @@ class Stacks:
         mask = mask if isinstance(mask, torch.Tensor) else None
         self.tokens[name] = find_tokens(batch, length, mask, inputs.device)
         states = arguments.get("encoder_hidden_states")
-        if name == "decoder" and isinstance(states, torch.Tensor):
-            # Every decoding step passes the same states again.
-            if self.cross is None or self.cross[0] is not states:
-                states_mask = arguments.get("encoder_attention_mask")
-                states_mask = states_mask if isinstance(states_mask, torch.Tensor) else None
-                self.cross = (states, find_tokens(*states.shape[:2], states_mask, states.device))
+        if name != "decoder" or not isinstance(states, torch.Tensor):
+            return
+        # Every decoding step passes the same states again.
+        if self.cross is None or self.cross[0] is not states:
+            states_mask = arguments.get("encoder_attention_mask")
+            states_mask = states_mask if isinstance(states_mask, torch.Tensor) else None
+            self.cross = (states, find_tokens(states.shape[0], states.shape[1], states_mask, states.device))
 
     def tokens_of(self, stack: str, x: torch.Tensor) -> Tokens:
         """The tokens of a layer's input ``[B, S, d]`` (or ``[B * S, d]``).
@@ -104,12 +105,15 @@ class Stacks:
             return self.cross[1]
         tokens = self.tokens.get(stack)
         if tokens is None:
-            raise GliderError("a routed layer ran outside the model's forward; call the model, not one of its layers")
+            raise GliderError(
+                "a routed layer ran outside the model's forward; call the model, not one of its layers"
+            )
         if x.numel() // x.shape[-1] != tokens.batch * tokens.length:
             if x.ndim == 3 and x.shape[0] == tokens.batch:
                 return find_tokens(x.shape[0], x.shape[1], None, x.device)
             raise GliderError(
-                f"a routed layer got input {list(x.shape)}, but its stack has {tokens.batch} rows of {tokens.length}"
+                f"a routed layer got input {list(x.shape)}, "
+                f"but its stack has {tokens.batch} rows of {tokens.length}"
             )
         return tokens
 

@@ -71,7 +71,8 @@ class Ranks:
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
             raise GliderError(
-                f"rank {', '.join(map(str, odd))} has another {what} than rank 0; start all ranks with the same one"
+                f"rank {', '.join(map(str, odd))} has another {what} than rank 0; "
+                "start all ranks with the same one"
             )
 
     def close(self) -> None:

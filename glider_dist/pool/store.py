@@ -206,7 +206,11 @@ class ExpertPool:
         with replacing_folder(target) as folder:
             fill(folder)
             read_adapter(folder)
-            files = {file: sha256(folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE, GATE_FILE) if (folder / file).exists()}
+            files = {
+                file: sha256(folder / file)
+                for file in (CONFIG_FILE, WEIGHTS_FILE, GATE_FILE)
+                if (folder / file).exists()
+            }
             write_json(folder / CARD_FILE, {"name": name, **card, "files": files})
         self.__dict__.pop("names", None)
         return Expert(target)
@@ -226,7 +230,9 @@ class ExpertPool:
         """
         check_name(name)
         if name in self:
-            raise GliderError(f"pool {self.path} already has an expert {name!r}; remove it first or choose another name")
+            raise GliderError(
+                f"pool {self.path} already has an expert {name!r}; remove it first or choose another name"
+            )
         source = Path(adapter)
         shapes = {site: (lora.B.shape[0], lora.A.shape[1]) for site, lora in read_adapter(source).items()}
         check_sites(name, shapes, self.fingerprint.sites)
@@ -257,4 +263,6 @@ def check_gate(name: str, gate: dict[str, torch.Tensor], shapes: dict[str, tuple
         if site not in gate:
             raise GliderError(f"the gate of expert {name!r} lacks site {site}; train it again")
         if tuple(gate[site].shape) != (d_in,):
-            raise GliderError(f"the gate of expert {name!r} at {site} has shape {list(gate[site].shape)}, not [{d_in}]")
+            raise GliderError(
+                f"the gate of expert {name!r} at {site} has shape {list(gate[site].shape)}, not [{d_in}]"
+            )

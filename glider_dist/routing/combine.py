@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 
 
-def global_bias(
-    similarity_BE: torch.Tensor, alpha_in: float, alpha_out: float, threshold: float
-) -> torch.Tensor:
+def global_bias(similarity_BE: torch.Tensor, alpha_in: float, alpha_out: float, threshold: float) -> torch.Tensor:
     """``α · c_e`` with α = ``alpha_in`` where the best cosine is over ``threshold``, else ``alpha_out``.
 
     Args:

@@ -19,7 +19,7 @@ from glider_dist.routing.route import Route, top_k_route, top_p_route
 
 @dataclass(frozen=True)
 class Strategy:
-    """``local``: prototypes compared with tokens; ``uses_global``: needs query scores; ``static``: one fixed expert."""
+    """``local``: prototypes compared with tokens; ``uses_global``: needs query scores; ``static``: fixed."""
 
     local: Literal["gate", "arrow"] | None = None
     uses_global: bool = False
@@ -47,7 +47,8 @@ def resolved(config: RouterConfig, calibration: dict[str, Any]) -> tuple[RouterC
     """
     open_keys = [key for key in PUBLISHED if getattr(config, key) is None]
     values = {key: float(calibration.get(key, PUBLISHED[key])) for key in open_keys}
-    return replace(config, **values), any(key not in calibration for key in open_keys)
+    filled: Any = values
+    return replace(config, **filled), any(key not in calibration for key in open_keys)
 
 
 def check_router(config: RouterConfig, num_experts: int) -> Strategy:

@@ -51,9 +51,7 @@ def read_tasks(mapping: Path, limit: int | None) -> list[Task]:
                 raise GliderError(f"{where}: {key} is missing or not text")
         split_names = record.get("split_names", {})
         if not isinstance(split_names, dict) or not set(split_names) <= set(PARTS):
-            raise GliderError(
-                f"{where}: split_names must be an object with the keys train, validation and test"
-            )
+            raise GliderError(f"{where}: split_names must be an object with the keys train, validation and test")
         if not all(isinstance(split, str) for split in split_names.values()):
             raise GliderError(f"{where}: split_names must name splits of the data set, as text")
         tasks.append(
@@ -63,8 +61,7 @@ def read_tasks(mapping: Path, limit: int | None) -> list[Task]:
                 partial(_read_split, record, texts(record.get("choices"), "choices", where), limit, where),
                 descriptions=texts(record.get("descriptions"), "descriptions", where),
                 instructions=texts(record.get("instructions"), "instructions", where),
-                evaluation_only=name.startswith(BIG_BENCH_PREFIXES)
-                or bool(_BIG_BENCH.search(record["dataset"])),
+                evaluation_only=name.startswith(BIG_BENCH_PREFIXES) or bool(_BIG_BENCH.search(record["dataset"])),
             )
         )
     return tasks

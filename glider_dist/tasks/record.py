@@ -76,9 +76,7 @@ def make_task(
         raise GliderError(f"{where}: task {name!r} has no definition; say in a sentence what to do")
     split = record.get("split")
     if split not in SPLITS:
-        raise GliderError(
-            f"{where}: the split of task {name!r} is {split!r}, but must be held_in or held_out"
-        )
+        raise GliderError(f"{where}: the split of task {name!r} is {split!r}, but must be held_in or held_out")
     metric = record.get("metric", "exact_match")
     if metric not in METRICS:
         raise GliderError(

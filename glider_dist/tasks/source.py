@@ -53,9 +53,7 @@ def load_tasks(cfg: TasksConfig, seed: int) -> TaskSuite:
         by_name[task.name] = task
     both = set(cfg.held_in) & set(cfg.held_out)
     if both:
-        raise GliderError(
-            f"task {sorted(both)[0]!r} is in tasks.held_in and in tasks.held_out; keep it in one"
-        )
+        raise GliderError(f"task {sorted(both)[0]!r} is in tasks.held_in and in tasks.held_out; keep it in one")
     held_in = _named(cfg.held_in, by_name, "held_in") or [
         task for task in tasks if task.split == "held_in" and task.name not in cfg.held_out
     ]

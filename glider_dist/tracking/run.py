@@ -40,9 +40,7 @@ _PACKAGES = ("glider_dist", "torch", "deepspeed", "transformers", "peft", "datas
 class Run:
     """One run directory; stages of one process may share it. On ranks but the main one nothing is done."""
 
-    def __init__(
-        self, run_dir: Path, metrics: TextIO | None, handler: logging.Handler | None, wandb_run: Any
-    ):
+    def __init__(self, run_dir: Path, metrics: TextIO | None, handler: logging.Handler | None, wandb_run: Any):
         self.run_dir = run_dir
         self._metrics = metrics
         self._handler = handler
@@ -74,9 +72,7 @@ class Run:
             metrics = _open_to_append(run_dir / "metrics.jsonl")
             handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
         except OSError as error:
-            raise GliderError(
-                f"run_dir {run_dir} cannot be written ({error.strerror}); set another"
-            ) from error
+            raise GliderError(f"run_dir {run_dir} cannot be written ({error.strerror}); set another") from error
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         return cls(run_dir, metrics, handler, _start_wandb(run_dir, config, stage, mode))

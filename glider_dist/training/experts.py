@@ -43,12 +43,13 @@ def encode_part(job: Job, task: Task, part: str, limit: int | None = None) -> li
 def train_experts(job: Job) -> None:
     """Train an expert for every held-in task that has none in the pool, which is created if need be."""
     tasks = job.tasks.held_in
-    data = {task.name: _data(job, task) for task in tasks}
-    pool = job.create_pool()
-    todo = [task for task in tasks if task.name not in pool]
+    there = job.open_pool(check_base=False) if (job.pool_path / "pool.json").exists() else None
+    todo = [task for task in tasks if there is None or task.name not in there]
     _tell(job, "experts", todo, tasks)
     if not todo:
         return
+    data = {task.name: _data(job, task) for task in todo}
+    pool = job.create_pool()
     cfg = job.cfg
     chosen = linear_sites(job.base.model, cfg.lora.targets)
     targets = peft_targets(chosen, job.base.model)
@@ -84,15 +85,16 @@ def train_experts(job: Job) -> None:
 
 def train_gates(job: Job) -> None:
     """Train a gate for every expert of a held-in task that has none; A and B stay as they are."""
-    pool = job.open_pool()
+    pool = job.open_pool(check_base=False)
     tasks = [task for task in job.tasks.held_in if task.name in pool]
     if not tasks:
         raise GliderError(f"pool {pool.path} has no expert of a held-in task; run train-experts first")
-    data = {task.name: _data(job, task) for task in tasks}
     todo = [task for task in tasks if not pool.expert(task.name).has_gate]
     _tell(job, "gates", todo, tasks)
     if not todo:
         return
+    pool.check_base(job.fingerprint)
+    data = {task.name: _data(job, task) for task in todo}
     cfg = job.cfg
     shapes = {name: site.shape for name, site in linear_sites(job.base.model).items()}
     batch_size = cfg.train.gate_batch_size or cfg.train.batch_size
@@ -120,6 +122,8 @@ def _data(job: Job, task: Task) -> tuple[list[Encoded], list[Encoded]]:
 
 
 def _tell(job: Job, what: str, todo: Sequence[Task], tasks: Sequence[Task]) -> None:
+    # No rank may store an expert before all have seen what is missing.
+    job.ranks.barrier()
     if job.ranks.is_main:
         log.info("%d of %d %s to train on %d ranks", len(todo), len(tasks), what, job.ranks.world)
 
@@ -177,7 +181,10 @@ def _train(
 
 
 def _report(job: Job, kind: str, done: Sequence[Fitted]) -> None:
-    mine = [(fitted.losses[-1], dict(fitted.validation)[fitted.best_step], fitted.tokens, fitted.seconds) for fitted in done]
+    mine = [
+        (fitted.losses[-1], dict(fitted.validation)[fitted.best_step], fitted.tokens, fitted.seconds)
+        for fitted in done
+    ]
     everything = [row for rows in job.ranks.gather(mine) for row in rows]
     seconds = max(sum(row[3] for row in rows) for rows in job.ranks.gather(mine))
     job.run.quantiles(f"{kind}/final_loss", [row[0] for row in everything])
@@ -207,4 +214,3 @@ def _installed(
             model.gradient_checkpointing_disable()
             model.eval()
         detach(model)
-

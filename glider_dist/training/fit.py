@@ -42,7 +42,7 @@ class Fitted:
 
 
 class Runner:
-    """Runs training and validation forwards of one rank over the base, in step with the other ranks if sharded."""
+    """Runs one rank's training and validation forwards, in step with the other ranks if the base is sharded."""
 
     def __init__(self, frozen: FrozenBase, collator: Collator, parameters: Sequence[torch.Tensor]):
         self.frozen = frozen
@@ -63,7 +63,11 @@ class Runner:
 
     def finish(self) -> None:
         """Take part in the other ranks' collectives until they are done, too."""
-        self.frozen.drain(lambda kind: self._forward_as(kind, self.collator.dummy()))
+
+        def dummy(kind: int) -> None:
+            self._forward_as(kind, self.collator.dummy())
+
+        self.frozen.drain(dummy)
 
     def _forward_as(self, kind: int, batch: Batch) -> torch.Tensor:
         if kind == BACKWARD:
@@ -103,7 +107,9 @@ def fit(
     result = Fitted([], 0, [])
     best = math.inf
     started = time.perf_counter()
-    for step, indices in enumerate(step_indices(recipe.seed, name, len(train), recipe.batch_size, recipe.steps), 1):
+    for step, indices in enumerate(
+        step_indices(recipe.seed, name, len(train), recipe.batch_size, recipe.steps), 1
+    ):
         rate = recipe.learning_rate * min(1.0, step / warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -21,9 +21,7 @@ from glider_dist.tasks.procedural.vocabulary import (
     listed,
 )
 
-_DOMAIN_STARTS = listed(
-    "blue green north river stone bright star sun moon lake hill city home fast smart open"
-)
+_DOMAIN_STARTS = listed("blue green north river stone bright star sun moon lake hill city home fast smart open")
 _DOMAIN_ENDS = listed("mail lake works shop books press bank school media travel garden music")
 _FILM_PARTS = listed(
     "film movie plot ending acting music story script cast comedy drama documentary sequel dialogue "

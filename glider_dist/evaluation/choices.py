@@ -1,0 +1,109 @@
+"""Rank classification: which of the given choices is the likeliest answer.
+
+The prompt runs once for all its choices: its key-value cache (causal models) or its encoder states
+(encoder-decoders) are repeated for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from glider_dist.evaluation.queries import Query, Scope
+from glider_dist.model.batch import IGNORED, Collator, Encoded
+from glider_dist.tasks.prompt import answer
+
+
+@torch.no_grad()
+def rank_choices(
+    model: Any, collator: Collator, queries: Sequence[Query], batch_size: int, scope: Scope
+) -> list[int | None]:
+    """Position of the likeliest choice of each query by mean log-likelihood per token (PHATGOOSE,
+    ``interface_mixin.py:93-145``); None for a query without choices.
+
+    Args:
+        batch_size: (query, choice) rows per forward at most; a query's choices stay together.
+    """
+    best: list[int | None] = [None] * len(queries)
+    order = sorted(
+        (i for i, query in enumerate(queries) if query.example.choices),
+        key=lambda i: len(queries[i].encoded.prompt),
+    )
+    start = 0
+    while start < len(order):
+        chosen: list[int] = []
+        rows = 0
+        # All queries of a batch get as many rows as the one with the most choices.
+        for i in order[start:]:
+            width = max(len(queries[j].example.choices or ()) for j in [*chosen, i])
+            if chosen and width * (len(chosen) + 1) > batch_size:
+                break
+            chosen.append(i)
+            rows = width
+        start += len(chosen)
+        with scope(chosen):
+            scores = _choice_scores(model, collator, [queries[i] for i in chosen], rows)
+        for i, row in zip(chosen, scores, strict=True):
+            best[i] = int(row.argmax())
+    return best
+
+
+def _choice_scores(model: Any, collator: Collator, queries: Sequence[Query], width: int) -> torch.Tensor:
+    """Mean log-likelihood per token of each choice; ``[B, width]``, -inf where there is no choice."""
+    texts = [list(query.example.choices or ()) for query in queries]
+    answers = [
+        collator.encode("", answer(text)).answer for row in texts for text in row + row[:1] * (width - len(row))
+    ]
+    empty = torch.tensor([[place >= len(row) for place in range(width)] for row in texts])
+    prompts = collator.prompts([Encoded(query.encoded.prompt, ()) for query in queries])
+    logits, labels = (_seq2seq if collator.seq2seq else _causal)(model, collator, prompts, answers, width)
+    at = labels != IGNORED
+    losses = F.cross_entropy(logits[at].float(), labels[at], reduction="none")
+    total = torch.zeros(at.shape, device=losses.device).masked_scatter(at, losses).sum(1)
+    scores = -(total / at.sum(1)).view(len(queries), width).cpu()
+    return scores.masked_fill(empty, float("-inf"))
+
+
+def _causal(
+    model: Any,
+    collator: Collator,
+    prompts: dict[str, torch.Tensor],
+    answers: list[tuple[int, ...]],
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = prompts["attention_mask"]
+    keep = {"logits_to_keep": 1} if collator.keeps_logits else {}
+    first = model(**prompts, **collator.positions(mask), **keep, use_cache=True)
+    cache = first.past_key_values
+    cache.batch_repeat_interleave(width)
+    ids, answer_mask = collator.pad_rows(answers, left=False)
+    labels = ids.masked_fill(answer_mask == 0, IGNORED)
+    full = torch.cat([mask.repeat_interleave(width, 0), answer_mask], 1)
+    positions = {name: value[:, mask.shape[1] :] for name, value in collator.positions(full).items()}
+    rest = model(input_ids=ids, attention_mask=full, past_key_values=cache, **positions, use_cache=True)
+    before = first.logits[:, -1:].repeat_interleave(width, 0)
+    return torch.cat([before, rest.logits[:, :-1]], 1), labels
+
+
+def _seq2seq(
+    model: Any,
+    collator: Collator,
+    prompts: dict[str, torch.Tensor],
+    answers: list[tuple[int, ...]],
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    states = model.get_encoder()(**prompts)
+    states.last_hidden_state = states.last_hidden_state.repeat_interleave(width, 0)
+    ids, answer_mask = collator.pad_rows(answers, left=False)
+    labels = ids.masked_fill(answer_mask == 0, IGNORED)
+    shifted, shifted_mask = collator.pad_rows([(collator.start, *row[:-1]) for row in answers], left=False)
+    logits = model(
+        encoder_outputs=states,
+        attention_mask=prompts["attention_mask"].repeat_interleave(width, 0),
+        decoder_input_ids=shifted,
+        decoder_attention_mask=shifted_mask,
+    ).logits
+    return logits, labels

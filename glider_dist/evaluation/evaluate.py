@@ -1,0 +1,136 @@
+"""The stage ``evaluate``: every router on the same queries, one table. Rows that are done are not done again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from glider_dist.errors import GliderError
+from glider_dist.evaluation.queries import Query, make_queries
+from glider_dist.evaluation.report import QueryResult, RouterResult, summary_table, task_table, write_reports
+from glider_dist.evaluation.routers import evaluate_router, router_settings
+from glider_dist.job import Job
+from glider_dist.model.attach import attach_pool, detach
+from glider_dist.pool import ExpertPool
+from glider_dist.pool.files import read_json, write_json
+from glider_dist.routing.strategies import STRATEGIES, check_router
+from glider_dist.semantics.embedder import Embedder
+from glider_dist.semantics.index import FILE, GlobalRouter
+from glider_dist.tracking.progress import progress
+
+log = logging.getLogger(__name__)
+
+
+def run(job: Job) -> list[RouterResult]:
+    """Evaluate ``evaluate.routers`` on the test queries of all tasks; prints the table and writes the reports."""
+    cfg = job.cfg
+    pool = job.open_pool(check_base=False)
+    for kind in cfg.evaluate.routers:
+        check_router(dataclasses.replace(cfg.router, kind=kind), len(pool))
+    if len(set(cfg.evaluate.routers)) != len(cfg.evaluate.routers):
+        raise GliderError("evaluate.routers names a router twice")
+    tasks = job.tasks.all
+    lacking = [task.name for task in job.tasks.held_in if task.name not in pool]
+    if lacking:
+        raise GliderError(f"pool {pool.path} has no expert for the held-in task {lacking[0]!r}; run train-experts")
+    key = _digest(job, pool)
+    rows = job.run_dir / "rows"
+    todo = [kind for kind in cfg.evaluate.routers if _stored(rows / f"{kind}.json", key) is None]
+    if todo:
+        pool.check_base(job.fingerprint)
+        queries = make_queries(tasks, "test", cfg.evaluate.queries, job.collator, pool.names)
+        _run_rows(job, pool, queries, todo, rows, key)
+    job.ranks.barrier()
+    stored = [_stored(rows / f"{kind}.json", key) for kind in cfg.evaluate.routers]
+    results = [row[0] for row in stored if row is not None]
+    table = summary_table(results, cfg.evaluate.bootstrap, cfg.seed)
+    if job.ranks.is_main:
+        routing = {row[0].router: row[1] for row in stored if row is not None}
+        extra = {
+            "routing": routing,
+            "pool": str(pool.path),
+            "seed": cfg.seed,
+            "calibration": calibration_of(pool),
+        }
+        write_reports(job.run_dir, results, extra, cfg.evaluate.bootstrap, cfg.seed)
+        _track(job, results)
+        print(f"\n{task_table(results)}\n{table}Run directory: {job.run_dir}", flush=True)
+    return results
+
+
+def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str], rows: Path, key: str) -> None:
+    needs_index = any(STRATEGIES[kind].uses_global for kind in todo)
+    needs_gates = any(STRATEGIES[kind].local == "gate" for kind in todo)
+    router = GlobalRouter(pool, Embedder(job.cfg.embedder)) if needs_index else None
+    first = dataclasses.replace(job.cfg.router, kind="phatgoose" if needs_gates else "base")
+    model = attach_pool(job.frozen.model, pool, first)
+    try:
+        for kind in progress(todo, desc="routers", enabled=job.ranks.is_main):
+            result, routing = evaluate_router(job, pool, kind, queries, router)
+            if job.ranks.is_main:
+                plain = {"key": key, "result": dataclasses.asdict(result), "routing": routing}
+                write_json(rows / f"{kind}.json", plain)
+                mean = sum(query.score for query in result.queries) / len(result.queries)
+                log.info("%s: %.3f over %d queries in %.0f s", kind, mean, len(result.queries), result.seconds)
+    finally:
+        detach(model)
+
+
+def calibration_of(pool: ExpertPool) -> dict[str, Any]:
+    path = pool.router_dir / "calibration.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _digest(job: Job, pool: ExpertPool) -> str:
+    """Everything the answers depend on: experts, gates, index, calibration, tasks and settings."""
+    cfg = job.cfg
+    index = pool.router_dir / FILE
+    state = {
+        "base": pool.fingerprint.to_json(),
+        "files": {expert.name: expert.card().get("files", {}) for expert in pool.experts()},
+        "index": hashlib.sha256(index.read_bytes()).hexdigest() if index.exists() else None,
+        "calibration": calibration_of(pool),
+        "tasks": [dataclasses.asdict(cfg.tasks), [task.name for task in job.tasks.all], cfg.seed],
+        "router": router_settings(cfg.router),
+        "evaluate": {
+            **dataclasses.asdict(cfg.evaluate),
+            "routers": None,
+            "bootstrap": None,
+            "batch_size": None,
+        },
+        "base_dtype": [cfg.dtype, cfg.device],
+    }
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _stored(path: Path, key: str) -> tuple[RouterResult, dict[str, Any]] | None:
+    if not path.exists():
+        return None
+    value = read_json(path)
+    if value.get("key") != key:
+        return None
+    plain = value["result"]
+    queries = tuple(QueryResult(**query) for query in plain["queries"])
+    return RouterResult(plain["router"], queries, plain["seconds"], plain["ranks"]), value["routing"]
+
+
+def _track(job: Job, results: list[RouterResult]) -> None:
+    columns = ["router", "held_in", "held_out", "seconds_per_query"]
+    table = []
+    for result in results:
+        means = []
+        for split in ("held_in", "held_out"):
+            scores = [query.score for query in result.queries if query.split == split]
+            means.append(sum(scores) / len(scores) if scores else None)
+        table.append([result.router, *means, result.seconds / max(len(result.queries), 1)])
+        known = {
+            f"evaluate/{result.router}/{split}": m
+            for split, m in zip(columns[1:3], means, strict=True)
+            if m is not None
+        }
+        job.run.log(known)
+    job.run.table("evaluation", columns, table)

@@ -1,0 +1,85 @@
+"""The stage ``predict``: answer one text and show which experts served it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from glider_dist.errors import GliderError
+from glider_dist.evaluation.queries import QueryRunner
+from glider_dist.evaluation.routers import router_scope
+from glider_dist.job import Job
+from glider_dist.model.attach import attach_pool, detach, routing_stats
+from glider_dist.pool import ExpertPool
+from glider_dist.routing.strategies import STRATEGIES
+from glider_dist.semantics.embedder import Embedder
+from glider_dist.semantics.index import GlobalRouter
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer, and the share of (token, site) pairs each expert served, largest first."""
+
+    answer: str
+    served: list[tuple[str, float]]
+    cosines: dict[str, float]
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """A typed text as the embedded instruction and the prompt: ``INSTRUCTION Input: INPUT``, else all of it."""
+    parts = re.split(r"\s*\bInput:\s*", text.strip(), maxsplit=1)
+    if len(parts) == 2:
+        return parts[0], f"{parts[0]}\nInput: {parts[1]}\nOutput:"
+    return text.strip(), f"{text.strip()}\nOutput:"
+
+
+def predict(job: Job, pool: ExpertPool, text: str) -> Prediction:
+    """Answer ``text`` with the configured router.
+
+    Raises:
+        GliderError: an empty text, or a router that cannot answer a query of an unknown task (oracle).
+    """
+    if not text.strip():
+        raise GliderError("there is no text to answer")
+    kind = job.cfg.router.kind
+    strategy = STRATEGIES[kind]
+    if strategy.static == "assigned":
+        raise GliderError("router.kind=oracle needs to know the query's task; choose another router for predict")
+    instruction, prompt = split_text(text)
+    similarity = None
+    if strategy.uses_global:
+        similarity = GlobalRouter(pool, Embedder(job.cfg.embedder)).similarity([instruction])
+    model = attach_pool(job.frozen.model, pool, job.cfg.router)
+    try:
+        runner = QueryRunner(job.frozen, job.collator, 1)
+        scope = router_scope(model, kind, similarity, None)
+        answer = runner.answers([job.collator.encode(prompt)], job.cfg.evaluate.max_new_tokens, scope)[0]
+        total = torch.zeros(len(pool))
+        for counts in routing_stats(model).values():
+            total += counts if len(counts) == len(pool) else 0
+    finally:
+        detach(model)
+    share = total / total.sum().clamp_min(1)
+    order = share.argsort(descending=True, stable=True).tolist()
+    served = [(pool.names[i], float(share[i])) for i in order if share[i] > 0]
+    cosines = {} if similarity is None else dict(zip(pool.names, similarity[0].tolist(), strict=True))
+    return Prediction(answer.strip().split("\n")[0], served, cosines)
+
+
+def run(job: Job, text: str = "") -> None:
+    """Print the answer and the experts that served it."""
+    prediction = predict(job, job.open_pool(), text)
+    if job.ranks.is_main:
+        print(show(text, prediction), flush=True)
+
+
+def show(text: str, prediction: Prediction, most: int = 3) -> str:
+    """A few lines: query, answer, and the experts that served most of the (token, layer) pairs."""
+    lines = [f"query:  {text}", f"answer: {prediction.answer}"]
+    for name, share in prediction.served[:most]:
+        cosine = prediction.cosines.get(name)
+        near = "" if cosine is None else f", description cosine {cosine:.2f}"
+        lines.append(f"  {name}: {share:.0%} of the routed tokens{near}")
+    return "\n".join(lines)

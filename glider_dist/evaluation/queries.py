@@ -1,0 +1,125 @@
+"""Test and validation queries, and the two things done with them: likelihood of the target, greedy answers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from glider_dist.errors import GliderError
+from glider_dist.model.batch import Collator, Encoded, target_nll
+from glider_dist.model.engine import BACKWARD, FORWARD, GENERATE, IDLE, FrozenBase
+from glider_dist.tasks.prompt import answer, prompt
+from glider_dist.tasks.task import Example, Task
+
+
+@dataclass(frozen=True)
+class Query:
+    """One example as the model sees it.
+
+    Attributes:
+        instruction: the part of the prompt that is embedded for the global router.
+        encoded: token ids of the prompt and of the target.
+        owner: position of the task's own expert in the pool, or None if the pool has none.
+    """
+
+    task: Task
+    example: Example
+    instruction: str
+    encoded: Encoded
+    owner: int | None
+
+
+def make_queries(
+    tasks: Sequence[Task], part: str, limit: int, collator: Collator, names: Sequence[str]
+) -> list[Query]:
+    """The first ``limit`` examples of each task; raises GliderError for a missing part or a target too long."""
+    position = {name: index for index, name in enumerate(names)}
+    queries = []
+    for task in tasks:
+        for example in task.examples(part)[:limit]:
+            instruction = task.instruction(example, part)
+            try:
+                encoded = collator.encode(prompt(instruction, example), answer(example.target))
+            except GliderError as error:
+                raise GliderError(f"task {task.name!r}, {part}, example {example.id!r}: {error}") from None
+            queries.append(Query(task, example, instruction, encoded, position.get(task.name)))
+    return queries
+
+
+Scope = Callable[[Sequence[int]], AbstractContextManager[Any]]
+"""Given the positions of a batch's queries, the context that gives them their scores or experts."""
+
+
+def no_scope(_: Sequence[int]) -> AbstractContextManager[Any]:
+    return contextlib.nullcontext()
+
+
+class QueryRunner:
+    """Runs this rank's share of the queries over the base, in step with the other ranks if it is sharded."""
+
+    def __init__(self, frozen: FrozenBase, collator: Collator, batch_size: int):
+        self.frozen = frozen
+        self.collator = collator
+        self.batch_size = batch_size
+
+    def _batches(self, encoded: Sequence[Encoded]) -> Iterator[list[int]]:
+        order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i].prompt), i))
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
+    @torch.no_grad()
+    def nll(self, encoded: Sequence[Encoded], scope: Scope = no_scope) -> torch.Tensor:
+        """Nats per target token of each query; ``[len(encoded)]`` fp32 on the CPU."""
+        result = torch.zeros(len(encoded))
+        for chosen in self._batches(encoded):
+            self.frozen.turn(FORWARD)
+            batch = self.collator.batch([encoded[i] for i in chosen])
+            with scope(chosen):
+                result[chosen] = (target_nll(self.frozen.model, batch) / batch.targets).cpu()
+        self.finish(scope)
+        return result
+
+    @torch.no_grad()
+    def answers(self, encoded: Sequence[Encoded], max_new_tokens: int, scope: Scope = no_scope) -> list[str]:
+        """Greedy answers, special tokens removed."""
+        texts = [""] * len(encoded)
+        for chosen in self._batches(encoded):
+            self.frozen.turn(GENERATE)
+            with scope(chosen):
+                generated = self._generate([encoded[i] for i in chosen], max_new_tokens)
+            for index, text in zip(chosen, generated, strict=True):
+                texts[index] = text
+        self.finish(scope, max_new_tokens)
+        return texts
+
+    def _generate(self, encoded: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        inputs = self.collator.prompts(encoded)
+        tokenizer = self.collator.tokenizer
+        ids = self.frozen.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.collator.pad,
+            eos_token_id=tokenizer.eos_token_id,
+            synced_gpus=self.frozen.sharded,
+        )
+        new = ids if self.collator.seq2seq else ids[:, inputs["input_ids"].shape[1] :]
+        return list(tokenizer.batch_decode(new, skip_special_tokens=True))
+
+    def finish(self, scope: Scope, max_new_tokens: int = 1) -> None:
+        """Take part in the other ranks' collectives until they are done, too."""
+
+        def dummy(kind: int) -> None:
+            assert kind not in (IDLE, BACKWARD)
+            with scope([0]):
+                if kind == GENERATE:
+                    self._generate([Encoded((self.collator.pad,), ())], max_new_tokens)
+                else:
+                    target_nll(self.frozen.model, self.collator.dummy())
+
+        self.frozen.drain(dummy)

@@ -1,0 +1,161 @@
+"""One row of the table: a router's answers to all queries, shared out over the ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from glider_dist.config import RouterConfig
+from glider_dist.errors import GliderError
+from glider_dist.evaluation.choices import rank_choices
+from glider_dist.evaluation.metrics import score
+from glider_dist.evaluation.queries import Query, QueryRunner, Scope, no_scope
+from glider_dist.evaluation.report import QueryResult, RouterResult
+from glider_dist.job import Job
+from glider_dist.model.attach import (
+    assign_experts,
+    query_scores,
+    reset_routing_stats,
+    routing_stats,
+    set_router,
+)
+from glider_dist.pool import ExpertPool
+from glider_dist.routing.strategies import STRATEGIES
+from glider_dist.semantics.index import GlobalRouter
+
+HINDSIGHT_QUERIES = 16
+
+
+def router_scope(model: Any, kind: str, similarity: torch.Tensor | None, experts: torch.Tensor | None) -> Scope:
+    """The context of a batch under a router: its similarities, or its assigned experts, or nothing.
+
+    Args:
+        similarity: ``[queries, E]``, needed by strategies with a global part.
+        experts: ``[queries]``, needed by the oracle.
+    """
+    strategy = STRATEGIES[kind]
+
+    def scope(chosen: Sequence[int]) -> AbstractContextManager[Any]:
+        index = torch.tensor(list(chosen))
+        if strategy.uses_global:
+            assert similarity is not None
+            return query_scores(model, similarity[index])
+        if strategy.static == "assigned":
+            assert experts is not None
+            return assign_experts(model, experts[index])
+        return no_scope(chosen)
+
+    return scope
+
+
+def evaluate_router(
+    job: Job, pool: ExpertPool, kind: str, queries: Sequence[Query], router: GlobalRouter | None
+) -> tuple[RouterResult, dict[str, Any]]:
+    """Answer and score all queries under one router.
+
+    Returns:
+        The result (the same on every rank), and what the routers did: tokens per expert over all sites.
+    """
+    model, cfg = job.frozen.model, job.cfg
+    set_router(model, replace(cfg.router, kind=kind), pool)
+    reset_routing_stats(model)
+    runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
+    experts = hindsight_experts(job, queries, runner, len(pool)) if kind == "oracle" else None
+    mine = list(range(job.ranks.rank, len(queries), job.ranks.world))
+    job.ranks.barrier()
+    started = time.perf_counter()
+    similarity = None
+    if STRATEGIES[kind].uses_global:
+        if router is None:
+            raise GliderError(f"router {kind!r} needs the index of the pool; run index first")
+        similarity = router.similarity([queries[i].instruction for i in mine])
+    own = experts[mine] if experts is not None else None
+    scope = router_scope(model, kind, similarity, own)
+    texts = runner.answers([queries[i].encoded for i in mine], cfg.evaluate.max_new_tokens, scope)
+    seconds = max(job.ranks.gather(time.perf_counter() - started))
+    choices: list[int | None] = [None] * len(mine)
+    if cfg.evaluate.rank_classification:
+        if job.frozen.sharded:
+            raise GliderError(
+                "evaluate.rank_classification needs zero_stage=0: ranks have different numbers of choices"
+            )
+        choices = rank_choices(model, job.collator, [queries[i] for i in mine], cfg.evaluate.batch_size, scope)
+    rows = []
+    for place, i in enumerate(mine):
+        first = None
+        if similarity is not None and queries[i].owner is not None:
+            first = int(similarity[place].argmax()) == queries[i].owner
+        rows.append((i, _result(queries[i], texts[place], choices[place], first)))
+    everything = dict(row for rows in job.ranks.gather(rows) for row in rows)
+    result = RouterResult(kind, tuple(everything[i] for i in range(len(queries))), seconds, job.ranks.world)
+    return result, _routing(job, model, pool)
+
+
+def _result(query: Query, text: str, choice: int | None, own_first: bool | None) -> QueryResult:
+    example = query.example
+    right = None
+    if choice is not None and example.choices is not None:
+        right = float(example.choices[choice] in example.targets)
+    return QueryResult(
+        task=query.task.name,
+        id=example.id,
+        split=query.task.split,
+        score=score(query.task.metric, text, example.targets),
+        prediction=text,
+        target=example.target,
+        own_first=own_first,
+        choice_score=right,
+    )
+
+
+def hindsight_experts(job: Job, queries: Sequence[Query], runner: QueryRunner, experts: int) -> torch.Tensor:
+    """The oracle's choice for each query: its task's own expert, else (held-out) the expert with the lowest mean
+    loss on the task's first 16 queries, chosen in hindsight; ``[queries]`` int64.
+    """
+    model = job.frozen.model
+    open_tasks = list(dict.fromkeys(query.task.name for query in queries if query.owner is None))
+    probes = {
+        name: [query.encoded for query in queries if query.task.name == name][:HINDSIGHT_QUERIES]
+        for name in open_tasks
+    }
+    encoded = [item for name in open_tasks for item in probes[name]]
+    mine = range(job.ranks.rank, experts, job.ranks.world)
+    losses = {}
+    for expert in mine:
+        losses[expert] = runner.nll(
+            encoded,
+            lambda chosen, e=expert: assign_experts(model, torch.full((len(chosen),), e)),  # type: ignore[misc]
+        )
+    runner.finish(no_scope)
+    table = dict(row for rows in job.ranks.gather(list(losses.items())) for row in rows)
+    best: dict[str, int] = {}
+    start = 0
+    for name in open_tasks:
+        stop = start + len(probes[name])
+        best[name] = min(range(experts), key=lambda e: float(table[e][start:stop].mean()))
+        start = stop
+    return torch.tensor([best[q.task.name] if q.owner is None else q.owner for q in queries])
+
+
+def _routing(job: Job, model: Any, pool: ExpertPool) -> dict[str, Any]:
+    total = torch.zeros(len(pool), dtype=torch.int64)
+    for counts in routing_stats(model).values():
+        if len(counts) == len(pool):
+            total += counts
+    total = torch.stack(job.ranks.gather(total)).sum(0)
+    share = total.double() / total.sum().clamp_min(1)
+    entropy = float(-(share * share.clamp_min(1e-300).log2()).sum())
+    return {
+        "tokens_per_expert": dict(zip(pool.names, total.tolist(), strict=True)),
+        "entropy_bits": round(entropy, 4),
+    }
+
+
+def router_settings(router: RouterConfig) -> dict[str, Any]:
+    """What of a router's settings changes its answers."""
+    return {key: value for key, value in vars(router).items() if key != "kind"}
