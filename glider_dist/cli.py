@@ -52,6 +52,11 @@ COMMANDS = {
         f"{_EVALUATION}.calibrate:run", "choose alpha_in, alpha_out and threshold on validation queries"
     ),
     "evaluate": Command(f"{_EVALUATION}.evaluate:run", "score the routers on test queries and print the table"),
+    "bench": Command(
+        "glider_dist.bench.evaluation:run",
+        "measure: `bench evaluate` times routers against the base",
+        takes_text=True,
+    ),
     "predict": Command(
         f"{_EVALUATION}.predict:run", "answer a text and show which experts served it", takes_text=True
     ),

@@ -170,6 +170,8 @@ class Config:
             raise GliderError(
                 f"zero_stage is {self.zero_stage}, but a frozen base is replicated (0) or sharded (3)"
             )
+        if self.mesh.expert_parallel != 1:
+            raise GliderError("mesh.expert_parallel must be 1: experts are not placed over ranks yet")
         if self.router.top_p is not None and not 0 < self.router.top_p <= 1:
             raise GliderError(f"router.top_p is {self.router.top_p}, but must lie in (0, 1]")
         if not 0 <= self.train.warmup_ratio < 1:

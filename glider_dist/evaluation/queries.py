@@ -85,25 +85,28 @@ class QueryRunner:
         return result
 
     @torch.no_grad()
-    def answers(self, encoded: Sequence[Encoded], max_new_tokens: int, scope: Scope = no_scope) -> list[str]:
-        """Greedy answers, special tokens removed."""
+    def answers(
+        self, encoded: Sequence[Encoded], max_new_tokens: int, scope: Scope = no_scope, same_length: bool = False
+    ) -> list[str]:
+        """Greedy answers, special tokens removed; ``same_length`` goes on after the end token (for timing)."""
         texts = [""] * len(encoded)
         for chosen in self._batches(encoded):
             self.frozen.turn(GENERATE)
             with scope(chosen):
-                generated = self._generate([encoded[i] for i in chosen], max_new_tokens)
+                generated = self._generate([encoded[i] for i in chosen], max_new_tokens, same_length)
             for index, text in zip(chosen, generated, strict=True):
                 texts[index] = text
         self.finish(scope, max_new_tokens)
         return texts
 
-    def _generate(self, encoded: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    def _generate(self, encoded: Sequence[Encoded], max_new_tokens: int, same_length: bool = False) -> list[str]:
         inputs = self.collator.prompts(encoded)
         tokenizer = self.collator.tokenizer
         ids = self.frozen.model.generate(
             **inputs,
             do_sample=False,
             max_new_tokens=max_new_tokens,
+            min_new_tokens=max_new_tokens if same_length else None,
             pad_token_id=self.collator.pad,
             eos_token_id=tokenizer.eos_token_id,
             synced_gpus=self.frozen.sharded,

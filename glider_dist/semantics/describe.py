@@ -51,5 +51,6 @@ def run(job: Job) -> None:
         for expert in todo:
             sentences, source = texts[expert.name]
             expert.update_card(descriptions=sentences, description_source=source)
+        job.run.log({"describe/experts": len(todo)})
         log.info("described %d of %d experts", len(todo), len(pool))
     job.ranks.barrier()

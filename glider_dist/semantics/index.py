@@ -150,5 +150,6 @@ def run(job: Job) -> None:
         except GliderError:
             made = build_index(descriptions, embedder)
             save_index(made, pool.router_dir / FILE)
+            job.run.log({"index/descriptions": len(made.owner)})
             log.info("indexed %d descriptions of %d experts", len(made.owner), len(pool))
     job.ranks.barrier()

@@ -1,0 +1,1 @@
+"""Measurements behind ``glider-dist bench``."""
