@@ -136,6 +136,8 @@ def _main(argv: list[str]) -> int:
         raise GliderError(f"unknown command {arguments.command!r}; the commands are {', '.join(COMMANDS)}")
     if arguments.text is not None and not command.takes_text:
         raise GliderError(f"{arguments.text!r} is neither a configuration file nor key=value")
+    if not command.launches and (arguments.fresh or arguments.ranks):
+        raise GliderError(f"--ranks and --fresh belong to quickstart; start {arguments.command} with a launcher")
     _set_up_logging()
     module, _, function = command.target.partition(":")
     stage = getattr(importlib.import_module(module), function)
@@ -189,8 +191,11 @@ def _help(name: str) -> str:
         return f"{USAGE}\ncommands:\n{rows}\n\n`glider-dist COMMAND --help` lists every setting."
     flags = "flags: --ranks N, --fresh\n" if COMMANDS[name].launches else ""
     lines = []
+    defaults = COMMANDS[name].defaults
+    if COMMANDS[name].launches:
+        from glider_dist.quickstart import DEFAULTS as defaults
     for setting in settings():
-        default = COMMANDS[name].defaults.get(setting.key, setting.default)
+        default = defaults.get(setting.key, setting.default)
         choices = f" [{'|'.join(setting.choices)}]" if setting.choices else ""
         lines.append(f"  {setting.key}={default}  ({setting.kind}){choices}\n      {setting.doc}")
     return f"{USAGE}\n{name}: {COMMANDS[name].doc}\n{flags}\nsettings:\n" + "\n".join(lines)

@@ -164,7 +164,7 @@ class Config:
         }
         positive.update({key: value for key, value in optional.items() if value is not None})
         for key, value in positive.items():
-            if value <= 0:
+            if not value > 0:
                 raise GliderError(f"{key} is {value}, but must be greater than 0")
         if self.zero_stage not in (0, 3):
             raise GliderError(

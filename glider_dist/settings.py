@@ -72,12 +72,16 @@ def read_config(file: Path | None, overrides: Sequence[str], defaults: dict[str,
         if not sign or not key:
             raise GliderError(f"{item!r} is not key=value")
         try:
-            value = OmegaConf.from_dotlist([item])
+            # The help prints None, which YAML would read as text.
+            value = OmegaConf.from_dotlist([f"{key}=null" if item == f"{key}=None" else item])
         except Exception as error:
             raise GliderError(f"{item!r} cannot be read: {_first_line(error)}") from None
         config = _merge(config, value, "the command line")
     for setting in settings():
-        value = OmegaConf.select(config, setting.key)
+        try:
+            value = OmegaConf.select(config, setting.key)
+        except OmegaConfBaseException as error:
+            raise GliderError(f"{setting.key} cannot be resolved: {_first_line(error)}") from None
         if value == "False" and "off" in setting.choices:
             # YAML reads a bare off as a boolean.
             value = "off"
@@ -96,7 +100,10 @@ def _read_yaml(file: Path) -> DictConfig:
     try:
         value = OmegaConf.load(file)
     except Exception as error:
-        raise GliderError(f"{file} is not valid YAML: {_first_line(error)}") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise GliderError(f"{file}{where} is not valid YAML: {problem}") from None
     if not isinstance(value, DictConfig):
         raise GliderError(f"{file} must hold keys and values")
     return value
@@ -104,7 +111,16 @@ def _read_yaml(file: Path) -> DictConfig:
 
 def _merge(config: Any, value: DictConfig, origin: str) -> Any:
     known = {setting.key: setting for setting in settings()}
+    for name in value:
+        group, dot, last = str(name).rpartition(".")
+        if dot and name in known:
+            raise GliderError(f"{origin}: {name} must be written as {last}, indented under {group}:")
     for key in _leaves(value, known):
+        inside = [other for other in known if other.startswith(key + ".")]
+        if inside:
+            raise GliderError(
+                f"{origin}: {key} is a group of settings, such as {inside[0]}, and has no value itself"
+            )
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise GliderError(f"{origin}: unknown key {key!r}; the nearest is {near[0]!r}")

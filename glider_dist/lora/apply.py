@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from glider_dist.lora.bank import SiteBank
-from glider_dist.lora.grouped import grouped_linear
+from glider_dist.lora.grouped import grouped_product
 from glider_dist.routing.route import Route
 
 
@@ -55,12 +55,12 @@ def plan_rows(route: Route, num_experts: int) -> Plan:
 def add_experts(
     y_To: torch.Tensor, x_Td: torch.Tensor, bank: SiteBank, plan: Plan, tokens: torch.Tensor | None
 ) -> torch.Tensor:
-    """``y + Σ_k w_k s B_k A_k x`` for the planned rows.
+    """``y + Σ_k w_k s B_k A_k x`` for the planned rows: each expert computes on its own rows alone.
 
     Args:
         y_To: ``[T, o]`` base output.
         x_Td: ``[T, d]`` input of the layer.
-        bank: the site's experts, in the dtype of ``x_Td`` (fp32 experts over a bf16 base are cast).
+        bank: the site's experts (fp32 experts over a bf16 base are cast).
         plan: rows over the routed tokens.
         tokens: ``[T_routed]`` positions of the routed tokens among the T, or None if all are routed.
 
@@ -69,17 +69,51 @@ def add_experts(
     """
     at_R = plan.token if tokens is None else tokens[plan.token]
     x_Rd = x_Td.index_select(0, at_R)
-    h_Rr = grouped_linear(x_Rd, bank.A.to(x_Rd.dtype), plan.ends)
+    h_Rr = grouped_product(x_Rd, bank.A.to(x_Rd.dtype).transpose(1, 2), plan.ends)
     # The weight is applied in rank space, in fp32: r numbers a row instead of o.
     factor_R = plan.weight * bank.scale.to(plan.weight.dtype)[plan.expert]
     h_Rr = (h_Rr.to(factor_R.dtype) * factor_R[:, None]).to(x_Rd.dtype)
-    return y_To.index_add(0, at_R, grouped_linear(h_Rr, bank.B.to(h_Rr.dtype), plan.ends).to(y_To.dtype))
+    return y_To.index_add(0, at_R, grouped_product(h_Rr, bank.B.to(h_Rr.dtype), plan.ends).to(y_To.dtype))
+
+
+def is_small(tokens: int, bank: SiteBank) -> bool:
+    """Whether computing every expert on every token is cheaper than sorting rows and one product per expert.
+
+    So it is while decoding over a small pool: on a CPU a product costs about 20 µs to start, whatever its size,
+    and 2 E of them outweigh the idle experts' arithmetic up to about these sizes (``bench evaluate``).
+    """
+    return tokens <= 192 and bank.A.shape[0] * bank.A.shape[1] <= 320
+
+
+def add_all_experts(
+    y_To: torch.Tensor, x_Td: torch.Tensor, bank: SiteBank, route: Route, tokens: torch.Tensor | None
+) -> torch.Tensor:
+    """The same sum over all experts, with weight 0 where an expert does not serve: two plain products."""
+    x_td = x_Td if tokens is None else x_Td.index_select(0, tokens)
+    experts, rank, _ = bank.A.shape
+    weight_tE = route.weights.new_zeros(x_td.shape[0], experts)
+    # Unused places (-1) have weight 0, so they may add to any expert.
+    weight_tE = weight_tE.scatter_add(1, route.expert_ids.clamp_min(0), route.weights)
+    factor_tE = weight_tE * bank.scale.to(weight_tE.dtype)
+    h_tEr = F.linear(x_td, bank.A.to(x_td.dtype).flatten(0, 1)).view(-1, experts, rank)
+    h_tR = (h_tEr.to(factor_tE.dtype) * factor_tE[:, :, None]).to(x_td.dtype).flatten(1)
+    b_Ro = bank.B.to(h_tR.dtype).flatten(0, 1)
+    if tokens is None:
+        return torch.addmm(y_To, h_tR, b_Ro)
+    return y_To.index_add(0, tokens, (h_tR @ b_Ro).to(y_To.dtype))
+
+
+def count_rows(route: Route, num_experts: int) -> torch.Tensor:
+    """Rows per expert ``[E]`` int64, without a host sync."""
+    ids_R = route.expert_ids.flatten()
+    used_R = (ids_R >= 0).to(torch.int64)
+    return used_R.new_zeros(num_experts).scatter_add_(0, ids_R.clamp_min(0), used_R)
 
 
 def add_single_expert(
     y_To: torch.Tensor, x_Td: torch.Tensor, bank: SiteBank, weight_T: torch.Tensor | None
 ) -> torch.Tensor:
-    """The same for a bank of one expert that serves every token: two plain products, nothing sorted or copied.
+    """The same for a bank of one expert that serves every token: nothing is sorted, copied or counted.
 
     Args:
         weight_T: ``[T]`` the expert's weight for each token, or None for 1.
@@ -87,4 +121,4 @@ def add_single_expert(
     h_Tr = F.linear(x_Td, bank.A[0].to(x_Td.dtype))
     factor = bank.scale if weight_T is None else (weight_T * bank.scale.to(weight_T.dtype))[:, None]
     h_Tr = (h_Tr.to(factor.dtype) * factor).to(x_Td.dtype)
-    return torch.addmm(y_To, h_Tr, bank.B[0].t().to(h_Tr.dtype))
+    return torch.addmm(y_To, h_Tr, bank.B[0].to(h_Tr.dtype))

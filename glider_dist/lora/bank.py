@@ -23,7 +23,7 @@ class SiteBank:
 
     Attributes:
         A: ``[E, r, d_in]``.
-        B: ``[E, d_out, r]``.
+        B: ``[E, r, d_out]``, each expert's B transposed, so that all of them are one ``[E·r, d_out]`` matrix.
         scale: ``[E]`` fp32, the factor on ``B A`` (lora_alpha / r, or / sqrt(r) for rsLoRA).
         eligible: ``[E]`` bool; False where an expert does not adapt this site.
     """
@@ -65,14 +65,14 @@ def stack_site(loras: list[SiteLora | None], shape: tuple[int, int], dtype: torc
     rank = max((lora.A.shape[0] for lora in loras if lora is not None), default=1)
     rank = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
     a_Erd = torch.zeros(len(loras), rank, d_in, dtype=dtype)
-    b_Eor = torch.zeros(len(loras), d_out, rank, dtype=dtype)
+    b_Ero = torch.zeros(len(loras), rank, d_out, dtype=dtype)
     scale = torch.zeros(len(loras))
     for index, lora in enumerate(loras):
         if lora is not None:
             a_Erd[index, : lora.A.shape[0]] = lora.A
-            b_Eor[index, :, : lora.B.shape[1]] = lora.B
+            b_Ero[index, : lora.B.shape[1]] = lora.B.t()
             scale[index] = lora.scale
-    return SiteBank(a_Erd, b_Eor, scale, torch.tensor([lora is not None for lora in loras]))
+    return SiteBank(a_Erd, b_Ero, scale, torch.tensor([lora is not None for lora in loras]))
 
 
 def merge_site(bank: SiteBank) -> SiteBank:
@@ -81,9 +81,9 @@ def merge_site(bank: SiteBank) -> SiteBank:
     Experts that do not adapt the site count as zero, as in PEFT's ``add_weighted_adapter`` with equal weights.
     """
     a_1Rd = bank.A.flatten(0, 1)[None]
-    weighted_Eor = bank.B * (bank.scale / bank.num_experts).to(bank.B.dtype)[:, None, None]
-    b_1oR = weighted_Eor.permute(1, 0, 2).flatten(1)[None]
-    return SiteBank(a_1Rd.contiguous(), b_1oR.contiguous(), bank.scale.new_ones(1), bank.eligible.any()[None])
+    weighted_Ero = bank.B * (bank.scale / bank.num_experts).to(bank.B.dtype)[:, None, None]
+    b_1Ro = weighted_Ero.flatten(0, 1)[None]
+    return SiteBank(a_1Rd.contiguous(), b_1Ro.contiguous(), bank.scale.new_ones(1), bank.eligible.any()[None])
 
 
 def initial_site(
@@ -102,4 +102,4 @@ def initial_site(
         rows.append(torch.randn(rank, d_in, generator=generator) * 0.01)
     count = len(rows)
     scale = torch.full((count,), alpha / rank)
-    return SiteBank(torch.stack(rows), torch.zeros(count, d_out, rank), scale, torch.ones(count, dtype=torch.bool))
+    return SiteBank(torch.stack(rows), torch.zeros(count, rank, d_out), scale, torch.ones(count, dtype=torch.bool))

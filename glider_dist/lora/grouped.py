@@ -9,24 +9,24 @@ import torch
 import torch.nn.functional as F
 
 
-def grouped_linear(x_Ri: torch.Tensor, w_Eoi: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """Apply to each group of rows its own linear map: ``y = x w_e^T``.
+def grouped_product(x_Ri: torch.Tensor, w_Eio: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Apply to each group of rows its own linear map: ``y = x w_e``.
 
     Uses ``torch.nn.functional.grouped_mm``: one kernel on a GPU, without a host sync, and a loop in C++ on a
     CPU. That kernel wants 16-byte aligned rows and no float64, so other inputs take a loop over the groups.
 
     Args:
         x_Ri: ``[R, i]`` rows, sorted by group.
-        w_Eoi: ``[E, o, i]`` one matrix per group, same dtype as ``x_Ri``.
+        w_Eio: ``[E, i, o]`` one matrix per group (either of the last two may be contiguous), dtype of ``x_Ri``.
         ends_E: ``[E]`` int32, where each group ends; the last entry must be R.
 
     Returns:
         ``[R, o]`` in the dtype of ``x_Ri``.
     """
-    aligned = x_Ri.shape[1] * x_Ri.element_size() % 16 == 0 and w_Eoi.shape[1] * w_Eoi.element_size() % 16 == 0
+    aligned = all(width * x_Ri.element_size() % 16 == 0 for width in w_Eio.shape[1:])
     if aligned and x_Ri.dtype in (torch.float32, torch.bfloat16, torch.float16) and x_Ri.shape[0] > 0:
-        return F.grouped_mm(x_Ri, w_Eoi.transpose(1, 2), offs=ends_E)
+        return F.grouped_mm(x_Ri, w_Eio, offs=ends_E)
     ends = ends_E.tolist()
     starts = [0, *ends[:-1]]
     # Empty groups stay in the product so that every expert is part of the graph (a zero-row gradient, not None).
-    return torch.cat([x_Ri[a:b] @ w_oi.t() for a, b, w_oi in zip(starts, ends, w_Eoi.unbind(), strict=True)])
+    return torch.cat([x_Ri[a:b] @ w_io for a, b, w_io in zip(starts, ends, w_Eio.unbind(), strict=True)])

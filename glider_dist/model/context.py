@@ -169,7 +169,11 @@ class RoutingContext:
         key = (self.strategy.local, site)
         if key not in self._prototypes:
             bank = self.banks[site]
-            made = gate_prototypes(self.gates[site]) if key[0] == "gate" else arrow_prototypes(bank.A, bank.B)
+            made = (
+                gate_prototypes(self.gates[site])
+                if key[0] == "gate"
+                else arrow_prototypes(bank.A, bank.B.transpose(1, 2))
+            )
             self._prototypes[key] = made.to(bank.A.device)
         return self._prototypes[key]
 

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from glider_dist.lora.apply import add_experts, add_single_expert, plan_rows
+from glider_dist.lora.apply import (
+    add_all_experts,
+    add_experts,
+    add_single_expert,
+    count_rows,
+    is_small,
+    plan_rows,
+)
 from glider_dist.model.context import RoutingContext
 
 
@@ -42,6 +49,9 @@ class RoutedLinear(nn.Module):
             return add_single_expert(y_To, x_Td, bank, weight).view_as(y)
         tokens = context.stacks.tokens_of(self.stack, x)
         route = context.route(self.site, x, tokens, bank)
+        if is_small(x_Td.shape[0], bank):
+            context.count(self.site, count_rows(route, bank.num_experts))
+            return add_all_experts(y_To, x_Td, bank, route, tokens.keep).view_as(y)
         plan = plan_rows(route, bank.num_experts)
         context.count(self.site, plan.counts)
         return add_experts(y_To, x_Td, bank, plan, tokens.keep).view_as(y)

@@ -67,7 +67,7 @@ def train_experts(job: Job) -> None:
 
     def store(task: Task, banks: dict[str, SiteBank], fitted: Fitted) -> None:
         pairs = zip(fitted.parameters[0::2], fitted.parameters[1::2], strict=True)
-        weights = {site: (a[0], b[0]) for site, (a, b) in zip(banks, pairs, strict=True)}
+        weights = {site: (a[0], b[0].t()) for site, (a, b) in zip(banks, pairs, strict=True)}
         pool.write(
             task.name,
             lambda folder: write_adapter(folder, weights, cfg.lora.alpha, targets, cfg.base, task_type),
