@@ -93,9 +93,7 @@ class Job:
 
     def create_pool(self) -> ExpertPool:
         """Open the pool, or make it for this base; safe when all ranks do it at once."""
-        if self.ranks.is_main:
-            ExpertPool.create(self.pool_path, self.cfg.base, self.fingerprint)
-        self.ranks.barrier()
+        self.ranks.on_main(lambda: ExpertPool.create(self.pool_path, self.cfg.base, self.fingerprint))
         return self.open_pool()
 
     @contextmanager
@@ -103,9 +101,11 @@ class Job:
         """Let rank 0 fill shared caches before the others look into them."""
         if not self.ranks.is_main:
             self.ranks.barrier()
-        yield
-        if self.ranks.is_main:
-            self.ranks.barrier()
+        try:
+            yield
+        finally:
+            if self.ranks.is_main:
+                self.ranks.barrier()
 
     def close(self) -> None:
         if "run" in self.__dict__:

@@ -31,8 +31,14 @@ def run(job: Job) -> list[RouterResult]:
     pool = job.open_pool(check_base=False)
     for kind in cfg.evaluate.routers:
         check_router(dataclasses.replace(cfg.router, kind=kind), len(pool))
+    if not cfg.evaluate.routers:
+        raise GliderError("evaluate.routers is empty; name at least one router")
     if len(set(cfg.evaluate.routers)) != len(cfg.evaluate.routers):
         raise GliderError("evaluate.routers names a router twice")
+    if cfg.evaluate.rank_classification and cfg.zero_stage == 3 and job.ranks.world > 1:
+        raise GliderError(
+            "evaluate.rank_classification needs zero_stage=0: ranks have different numbers of choices"
+        )
     tasks = job.tasks.all
     lacking = [task.name for task in job.tasks.held_in if task.name not in pool]
     if lacking:

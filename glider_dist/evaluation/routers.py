@@ -67,6 +67,9 @@ def evaluate_router(
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
     experts = hindsight_experts(job, queries, runner, len(pool)) if kind == "oracle" else None
     mine = list(range(job.ranks.rank, len(queries), job.ranks.world))
+    if router is not None and STRATEGIES[kind].uses_global:
+        # Loading the embedder is not part of a query's time.
+        router.similarity(["warm up"])
     job.ranks.barrier()
     started = time.perf_counter()
     similarity = None
@@ -80,10 +83,6 @@ def evaluate_router(
     seconds = max(job.ranks.gather(time.perf_counter() - started))
     choices: list[int | None] = [None] * len(mine)
     if cfg.evaluate.rank_classification:
-        if job.frozen.sharded:
-            raise GliderError(
-                "evaluate.rank_classification needs zero_stage=0: ranks have different numbers of choices"
-            )
         choices = rank_choices(model, job.collator, [queries[i] for i in mine], cfg.evaluate.batch_size, scope)
     rows = []
     for place, i in enumerate(mine):
@@ -124,14 +123,14 @@ def hindsight_experts(job: Job, queries: Sequence[Query], runner: QueryRunner, e
         for name in open_tasks
     }
     encoded = [item for name in open_tasks for item in probes[name]]
-    mine = range(job.ranks.rank, experts, job.ranks.world)
     losses = {}
-    for expert in mine:
+    # Every rank takes part in as many rounds, as a sharded base needs; the last may repeat an expert.
+    for turn in range(-(-experts // job.ranks.world)):
+        expert = (job.ranks.rank + turn * job.ranks.world) % experts
         losses[expert] = runner.nll(
             encoded,
             lambda chosen, e=expert: assign_experts(model, torch.full((len(chosen),), e)),  # type: ignore[misc]
         )
-    runner.finish(no_scope)
     table = dict(row for rows in job.ranks.gather(list(losses.items())) for row in rows)
     best: dict[str, int] = {}
     start = 0

@@ -119,6 +119,7 @@ def add_single_expert(
         weight_T: ``[T]`` the expert's weight for each token, or None for 1.
     """
     h_Tr = F.linear(x_Td, bank.A[0].to(x_Td.dtype))
-    factor = bank.scale if weight_T is None else (weight_T * bank.scale.to(weight_T.dtype))[:, None]
+    scale = bank.scale.to(torch.promote_types(x_Td.dtype, torch.float32))
+    factor = scale if weight_T is None else (weight_T * scale)[:, None]
     h_Tr = (h_Tr.to(factor.dtype) * factor).to(x_Td.dtype)
     return torch.addmm(y_To, h_Tr, bank.B[0].to(h_Tr.dtype))

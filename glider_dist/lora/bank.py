@@ -81,7 +81,8 @@ def merge_site(bank: SiteBank) -> SiteBank:
     Experts that do not adapt the site count as zero, as in PEFT's ``add_weighted_adapter`` with equal weights.
     """
     a_1Rd = bank.A.flatten(0, 1)[None]
-    weighted_Ero = bank.B * (bank.scale / bank.num_experts).to(bank.B.dtype)[:, None, None]
+    weight_E = bank.scale.to(torch.promote_types(bank.B.dtype, torch.float32)) / bank.num_experts
+    weighted_Ero = (bank.B * weight_E[:, None, None]).to(bank.B.dtype)
     b_1Ro = weighted_Ero.flatten(0, 1)[None]
     return SiteBank(a_1Rd.contiguous(), b_1Ro.contiguous(), bank.scale.new_ones(1), bank.eligible.any()[None])
 

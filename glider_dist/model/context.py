@@ -53,7 +53,7 @@ class RoutingContext:
         self._merged: dict[str, SiteBank] = {}
         self._bias_BE: torch.Tensor | None = None
         self._assigned_B: torch.Tensor | None = None
-        self._last_input: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self._last_input: tuple[torch.Tensor, Tokens, torch.Tensor] | None = None
 
     def use(self, router: RouterConfig) -> None:
         """Switch the router; prototypes are computed once per kind.
@@ -87,7 +87,8 @@ class RoutingContext:
             )
         if self.strategy.static == "merged":
             if site not in self._merged:
-                self._merged[site] = merge_site(self.banks[site])
+                with torch.inference_mode(False), torch.no_grad():
+                    self._merged[site] = merge_site(self.banks[site])
             return self._merged[site]
         return self.banks[site]
 
@@ -148,7 +149,8 @@ class RoutingContext:
 
     def gate_weight(self, site: str, x_Td: torch.Tensor) -> torch.Tensor:
         """``σ(v·u)`` of a bank's only expert; ``[T]``."""
-        return (at_least_fp32(x_Td) @ self.gates[site][0]).sigmoid()
+        x_Td = at_least_fp32(x_Td)
+        return (x_Td @ self.gates[site][0].to(x_Td.dtype)).sigmoid()
 
     def count(self, site: str, counts_E: torch.Tensor) -> None:
         # Not again when activations are recomputed in a backward pass.
@@ -157,11 +159,11 @@ class RoutingContext:
 
     def _normalised(self, x: torch.Tensor, x_Td: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         # q, k and v (gate and up) are handed the same tensor object: its LayerNorm is computed once.
-        last, value = self._last_input
-        if value is None or last is not x:
-            value = normalised(x_Td if tokens.keep is None else x_Td[tokens.keep])
-            self._last_input = (x, value)
-        return value
+        last = self._last_input
+        if last is None or last[0] is not x or last[1] is not tokens:
+            last = (x, tokens, normalised(x_Td if tokens.keep is None else x_Td[tokens.keep]))
+            self._last_input = last
+        return last[2]
 
     def _site_prototypes(self, site: str) -> torch.Tensor | None:
         if self.strategy.local is None:
@@ -169,11 +171,13 @@ class RoutingContext:
         key = (self.strategy.local, site)
         if key not in self._prototypes:
             bank = self.banks[site]
-            made = (
-                gate_prototypes(self.gates[site])
-                if key[0] == "gate"
-                else arrow_prototypes(bank.A, bank.B.transpose(1, 2))
-            )
+            # Kept for later forwards, which may need gradients even if this one does not.
+            with torch.inference_mode(False), torch.no_grad():
+                made = (
+                    gate_prototypes(self.gates[site])
+                    if key[0] == "gate"
+                    else arrow_prototypes(bank.A, bank.B.transpose(1, 2))
+                )
             self._prototypes[key] = made.to(bank.A.device)
         return self._prototypes[key]
 

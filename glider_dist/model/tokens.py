@@ -53,7 +53,7 @@ class Stacks:
 
     def __init__(self, model: nn.Module):
         self.tokens: dict[str, Tokens] = {}
-        self.cross: tuple[torch.Tensor, Tokens] | None = None
+        self.cross: tuple[torch.Tensor, Any, Tokens] | None = None
         self.handles: list[Any] = []
         config: Any = getattr(model, "config", None)
         if getattr(config, "is_encoder_decoder", False):
@@ -73,7 +73,8 @@ class Stacks:
         for name, module in self.modules.items():
             if any(site is inner for inner in module.modules()):
                 return name
-        return "decoder"
+        # The encoder, where there is one: the layer may project its states to the decoder's width.
+        return next(iter(self.modules))
 
     def _observe(self, name: str, arguments: dict[str, Any]) -> None:
         arguments = {**arguments.get("kwargs", {}), **arguments}
@@ -89,11 +90,12 @@ class Stacks:
         states = arguments.get("encoder_hidden_states")
         if name != "decoder" or not isinstance(states, torch.Tensor):
             return
-        # Every decoding step passes the same states again.
-        if self.cross is None or self.cross[0] is not states:
-            states_mask = arguments.get("encoder_attention_mask")
-            states_mask = states_mask if isinstance(states_mask, torch.Tensor) else None
-            self.cross = (states, find_tokens(states.shape[0], states.shape[1], states_mask, states.device))
+        states_mask = arguments.get("encoder_attention_mask")
+        states_mask = states_mask if isinstance(states_mask, torch.Tensor) else None
+        # Every decoding step passes the same states and mask again.
+        if self.cross is None or self.cross[0] is not states or self.cross[1] is not states_mask:
+            tokens = find_tokens(states.shape[0], states.shape[1], states_mask, states.device)
+            self.cross = (states, states_mask, tokens)
 
     def tokens_of(self, stack: str, x: torch.Tensor) -> Tokens:
         """The tokens of a layer's input ``[B, S, d]`` (or ``[B * S, d]``).
@@ -102,15 +104,15 @@ class Stacks:
             GliderError: if the input has another shape than its stack's.
         """
         if self.cross is not None and stack == "decoder" and _same_memory(x, self.cross[0]):
-            return self.cross[1]
+            return self.cross[2]
         tokens = self.tokens.get(stack)
         if tokens is None:
             raise GliderError(
                 "a routed layer ran outside the model's forward; call the model, not one of its layers"
             )
         if x.numel() // x.shape[-1] != tokens.batch * tokens.length:
-            if x.ndim == 3 and x.shape[0] == tokens.batch:
-                return find_tokens(x.shape[0], x.shape[1], None, x.device)
+            if x.shape[0] == tokens.batch:  # a part of each row, such as its first token in BERT's pooler
+                return find_tokens(x.shape[0], x[0].numel() // x.shape[-1], None, x.device)
             raise GliderError(
                 f"a routed layer got input {list(x.shape)}, "
                 f"but its stack has {tokens.batch} rows of {tokens.length}"

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -56,6 +57,17 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def on_main(self, work: Callable[[], Any]) -> None:
+        """Run ``work`` on rank 0 while the others wait; a GliderError there is raised on all of them."""
+        message = None
+        if self.is_main:
+            try:
+                work()
+            except GliderError as error:
+                message = str(error)
+        if message := self.gather(message)[0]:
+            raise GliderError(message)
 
     def largest(self, value: int) -> int:
         """The largest ``value`` of all ranks."""

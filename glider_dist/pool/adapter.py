@@ -61,12 +61,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         "trainable_token_indices": "it trains embeddings of the base, which experts of one pool cannot share",
         "layer_replication": "it changes the layers of the base",
         "target_parameters": "it adapts bare parameters, not linear layers",
+        "alora_invocation_tokens": "it acts only behind certain tokens",
+        "use_qalora": "it pools a layer's input in groups",
+        "use_bdlora": "its matrices are block-diagonal",
+        "kasa_config": "it changes the base's own weights",
     }
     for key, reason in refusals.items():
         if config.get(key):
             raise GliderError(f"{path}: {key} is set and cannot be routed: {reason}")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         raise GliderError(f"{path}: trained biases cannot be routed; train the adapter with bias='none'")
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise GliderError(
+            f"{path}: init_lora_weights={init} changed the base's own weights and cannot be routed; "
+            "save the adapter with path_initial_model_for_weight_conversion"
+        )
     return config
 
 
@@ -106,12 +116,20 @@ def read_adapter(folder: Path) -> dict[str, SiteLora]:
 
 
 def site_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """``{site: (d_out, d_in)}`` of an adapter, read from the file's header only."""
+    """``{site: (d_out, d_in)}`` of an adapter, read from the file's header only.
+
+    Raises:
+        GliderError: if the file is missing or broken.
+    """
     dims: dict[str, dict[str, list[int]]] = {}
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            if match := _KEY.fullmatch(key):
-                dims.setdefault(match["site"], {})[match["which"]] = file.get_slice(key).get_shape()
+    path = folder / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if match := _KEY.fullmatch(key):
+                    dims.setdefault(match["site"], {})[match["which"]] = file.get_slice(key).get_shape()
+    except (OSError, SafetensorError) as error:
+        raise GliderError(f"{path} cannot be read ({error}); copy it again") from None
     return {site: (pair["B"][0], pair["A"][1]) for site, pair in dims.items() if len(pair) == 2}
 
 

@@ -23,7 +23,8 @@ def check_name(name: str, what: str = "expert") -> str:
     return name
 
 
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts ``expert_2`` before ``expert_10``."""
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Sort key that puts ``expert_2`` before ``expert_10``; ``1`` and ``01`` have different keys."""
     parts = re.split(r"(\d+)", name)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
+    numbered = [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
+    return numbered, name

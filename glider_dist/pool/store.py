@@ -178,7 +178,9 @@ class ExpertPool:
     def names(self) -> tuple[str, ...]:
         """The experts in natural order; this order numbers them everywhere. Read once per open pool."""
         root = self.path / "experts"
-        found = (entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        # A copy of an empty pool may lack the empty folder.
+        entries = os.scandir(root) if root.is_dir() else ()
+        found = (entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
         return tuple(sorted(found, key=natural_key))
 
     def __len__(self) -> int:

@@ -26,7 +26,7 @@ def gate_prototypes(gates_Ed: torch.Tensor) -> torch.Tensor:
 
 def gate_scores(normalised_Td: torch.Tensor, prototypes_Ed: torch.Tensor) -> torch.Tensor:
     """``l_e = LN(u) · LN(v_e) / sqrt(d)`` (PHATGOOSE and GLIDER, ``layers.py:361``); ``[T, E]``."""
-    return normalised_Td @ prototypes_Ed.t()
+    return normalised_Td @ prototypes_Ed.t().to(normalised_Td.dtype)
 
 
 def arrow_prototypes(a_Erd: torch.Tensor, b_Eor: torch.Tensor) -> torch.Tensor:
@@ -43,4 +43,5 @@ def arrow_prototypes(a_Erd: torch.Tensor, b_Eor: torch.Tensor) -> torch.Tensor:
 
 def arrow_scores(x_Td: torch.Tensor, prototypes_Ed: torch.Tensor, temperature: float) -> torch.Tensor:
     """``|v_e · u| / temperature`` (Arrow, Ostapenko et al. 2024); ``[T, E]``."""
-    return (at_least_fp32(x_Td) @ prototypes_Ed.t()).abs() / temperature
+    x_Td = at_least_fp32(x_Td)
+    return (x_Td @ prototypes_Ed.t().to(x_Td.dtype)).abs() / temperature

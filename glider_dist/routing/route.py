@@ -28,7 +28,7 @@ def top_k_route(scores_TE: torch.Tensor, k: int) -> Route:
     Scores of -inf never serve a token: if all are, the weights are 0.
     """
     top_TK, ids_TK = scores_TE.topk(min(k, scores_TE.shape[1]), dim=-1)
-    return Route(ids_TK, top_TK.softmax(-1).nan_to_num(0.0))
+    return Route(ids_TK, _weights(top_TK))
 
 
 def top_p_route(scores_TE: torch.Tensor, p: float, at_most: int) -> Route:
@@ -45,6 +45,11 @@ def top_p_route(scores_TE: torch.Tensor, p: float, at_most: int) -> Route:
     keep_TK = ~drop_TE.flip(-1)[:, :places]
     ids_TK = order_TE.flip(-1)[:, :places]
     kept_TK = scores_TE.gather(1, ids_TK).masked_fill(~keep_TK, float("-inf"))
-    weights_TK = kept_TK.softmax(-1).nan_to_num(0.0)
-    keep_TK = keep_TK & kept_TK.isfinite()
-    return Route(ids_TK.masked_fill(~keep_TK, -1), weights_TK.masked_fill(~keep_TK, 0.0), ragged=True)
+    return Route(ids_TK.masked_fill(kept_TK.isneginf(), -1), _weights(kept_TK), ragged=True)
+
+
+def _weights(scores_TK: torch.Tensor) -> torch.Tensor:
+    # The softmax of nothing but -inf is NaN, and so is its gradient.
+    unused_TK = scores_TK.isneginf()
+    finite_TK = scores_TK.masked_fill(unused_TK, torch.finfo(scores_TK.dtype).min)
+    return finite_TK.softmax(-1).masked_fill(unused_TK, 0.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from glider_dist.errors import GliderError
@@ -59,7 +59,8 @@ class Index:
             )
         cosines_BN = queries_BD @ self.embeddings.t()
         best_BE = torch.full((len(queries_BD), len(self.names)), float("-inf"))
-        return best_BE.index_reduce(1, self.owner, cosines_BN, "amax")
+        owner_BN = self.owner.expand(len(queries_BD), -1)
+        return best_BE.scatter_reduce(1, owner_BN, cosines_BN, "amax")
 
 
 def texts_digest(descriptions: dict[str, list[str]]) -> str:
@@ -96,15 +97,18 @@ def load_index(path: Path, names: Sequence[str], descriptions: dict[str, list[st
     """
     if not path.exists():
         raise GliderError(f"{path} does not exist; run index first")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        index = Index(
-            tuple(json.loads(metadata["names"])),
-            file.get_tensor("embeddings"),
-            file.get_tensor("owner"),
-            metadata["embedder"],
-            metadata["texts"],
-        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            index = Index(
+                tuple(json.loads(metadata["names"])),
+                file.get_tensor("embeddings"),
+                file.get_tensor("owner"),
+                metadata["embedder"],
+                metadata["texts"],
+            )
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise GliderError(f"{path} cannot be read ({error}); run index again") from None
     if index.names != tuple(names):
         odd = sorted(set(index.names) ^ set(names))
         raise GliderError(
@@ -133,6 +137,8 @@ class GlobalRouter:
 
     def similarity(self, queries: Sequence[str]) -> torch.Tensor:
         """Cosines ``[len(queries), E]`` fp32 on the CPU."""
+        if not queries:
+            return torch.zeros(0, len(self.index.names))
         return self.index.similarity(self.embedder.embed(queries))
 
 
@@ -143,7 +149,8 @@ def run(job: Job) -> None:
         raise GliderError(f"pool {pool.path} holds no experts")
     embedder = Embedder(job.cfg.embedder)
     descriptions = descriptions_of(pool)
-    if job.ranks.is_main:
+
+    def work() -> None:
         try:
             GlobalRouter(pool, embedder)
             log.info("the index is up to date")
@@ -152,4 +159,5 @@ def run(job: Job) -> None:
             save_index(made, pool.router_dir / FILE)
             job.run.log({"index/descriptions": len(made.owner)})
             log.info("indexed %d descriptions of %d experts", len(made.owner), len(pool))
-    job.ranks.barrier()
+
+    job.ranks.on_main(work)

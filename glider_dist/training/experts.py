@@ -19,6 +19,8 @@ from glider_dist.model.attach import context_of, detach, install
 from glider_dist.model.batch import Encoded
 from glider_dist.model.sites import linear_sites, peft_targets
 from glider_dist.pool.adapter import write_adapter
+from glider_dist.pool.names import check_name
+from glider_dist.pool.store import check_sites
 from glider_dist.tasks.prompt import answer, prompt
 from glider_dist.tasks.task import Task
 from glider_dist.tracking.progress import progress
@@ -48,10 +50,14 @@ def train_experts(job: Job) -> None:
     _tell(job, "experts", todo, tasks)
     if not todo:
         return
-    data = {task.name: _data(job, task) for task in todo}
-    pool = job.create_pool()
+    for task in todo:
+        check_name(task.name)
+    if there is not None:
+        there.check_base(job.fingerprint)
     cfg = job.cfg
     chosen = linear_sites(job.base.model, cfg.lora.targets)
+    data = {task.name: _data(job, task) for task in todo}
+    pool = job.create_pool()
     targets = peft_targets(chosen, job.base.model)
     task_type = "SEQ_2_SEQ_LM" if job.collator.seq2seq else "CAUSAL_LM"
     recipe = Recipe(cfg.train.max_steps, cfg.train.batch_size, cfg.train.learning_rate, cfg.seed, cfg.train)
@@ -97,6 +103,8 @@ def train_gates(job: Job) -> None:
     data = {task.name: _data(job, task) for task in todo}
     cfg = job.cfg
     shapes = {name: site.shape for name, site in linear_sites(job.base.model).items()}
+    for task in todo:
+        check_sites(task.name, pool.expert(task.name).shapes(), shapes)
     batch_size = cfg.train.gate_batch_size or cfg.train.batch_size
     recipe = Recipe(cfg.train.gate_steps, batch_size, cfg.train.gate_learning_rate, cfg.seed, cfg.train)
 
