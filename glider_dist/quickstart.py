@@ -53,10 +53,8 @@ DEFAULTS: dict[str, Any] = {
 def run(arguments: Arguments) -> int:
     """Launch the ranks, or, inside the launch, run the stages; returns the exit code."""
     launched = "RANK" in os.environ
-    defaults = dict(DEFAULTS)
-    if any(item.startswith("tasks.source=") for item in arguments.overrides) or arguments.file is not None:
-        # Other tasks than the procedural ones have other names.
-        defaults.update({"tasks.held_in": [], "tasks.held_out": []})
+    # A configuration file means what it says under every command; the quick settings are for the quick tasks.
+    defaults = DEFAULTS if arguments.file is None else {"run_dir": DEFAULTS["run_dir"]}
     cfg = read_config(arguments.file, arguments.overrides, defaults)
     if cfg.pool is None:
         cfg.pool = str(Path(str(cfg.run_dir)) / "pool")
