@@ -22,7 +22,7 @@ import torch
 
 from glider_dist.errors import GliderError
 from glider_dist.evaluation.evaluate import calibration_of
-from glider_dist.evaluation.queries import QueryRunner, make_queries
+from glider_dist.evaluation.queries import QueryRunner, make_queries, queries_digest
 from glider_dist.evaluation.routers import router_scope
 from glider_dist.job import Job
 from glider_dist.model.attach import attach_pool, detach, set_router
@@ -49,7 +49,7 @@ def run(job: Job) -> None:
         "files": {expert.name: expert.card().get("files", {}) for expert in pool.experts()},
         "index": hashlib.sha256(index.read_bytes()).hexdigest(),
         "settings": dataclasses.asdict(cfg.calibrate),
-        "tasks": [[task.name for task in tasks], dataclasses.asdict(cfg.tasks), cfg.seed],
+        "queries": queries_digest(tasks, "validation", cfg.calibrate.queries),
         "router": [cfg.router.top_k, cfg.router.top_p],
     }
     key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

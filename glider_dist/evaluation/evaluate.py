@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glider_dist.errors import GliderError
-from glider_dist.evaluation.queries import Query, make_queries
+from glider_dist.evaluation.queries import Query, make_queries, queries_digest
 from glider_dist.evaluation.report import QueryResult, RouterResult, summary_table, task_table, write_reports
 from glider_dist.evaluation.routers import evaluate_router, router_settings
 from glider_dist.job import Job
@@ -92,7 +92,7 @@ def calibration_of(pool: ExpertPool) -> dict[str, Any]:
 
 
 def _digest(job: Job, pool: ExpertPool) -> str:
-    """Everything the answers depend on: experts, gates, index, calibration, tasks and settings."""
+    """Everything the answers depend on: experts, gates, index, calibration, queries and settings."""
     cfg = job.cfg
     index = pool.router_dir / FILE
     state = {
@@ -100,7 +100,8 @@ def _digest(job: Job, pool: ExpertPool) -> str:
         "files": {expert.name: expert.card().get("files", {}) for expert in pool.experts()},
         "index": hashlib.sha256(index.read_bytes()).hexdigest() if index.exists() else None,
         "calibration": calibration_of(pool),
-        "tasks": [dataclasses.asdict(cfg.tasks), [task.name for task in job.tasks.all], cfg.seed],
+        "queries": queries_digest(job.tasks.all, "test", cfg.evaluate.queries),
+        "max_length": cfg.tasks.max_length,
         "router": router_settings(cfg.router),
         "evaluate": {
             **dataclasses.asdict(cfg.evaluate),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -49,6 +51,17 @@ def make_queries(
                 raise GliderError(f"task {task.name!r}, {part}, example {example.id!r}: {error}") from None
             queries.append(Query(task, example, instruction, encoded, position.get(task.name)))
     return queries
+
+
+def queries_digest(tasks: Sequence[Task], part: str, limit: int) -> str:
+    """Hash of everything :func:`make_queries` reads: examples and wordings, not just the tasks' names."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        digest.update(json.dumps([task.name, task.split, task.metric]).encode())
+        for example in task.examples(part)[:limit]:
+            parts = [example.id, example.input, example.targets, example.choices, task.instruction(example, part)]
+            digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()
 
 
 Scope = Callable[[Sequence[int]], AbstractContextManager[Any]]

@@ -52,9 +52,7 @@ class Runner:
     def train(self, batch: Batch, total_targets: int) -> float:
         """Add the gradient of ``Σ nll / total_targets``; returns the summed nll of the batch."""
         self.frozen.turn(BACKWARD)
-        nll = self._nll(batch)
-        (nll.sum() / total_targets).backward()
-        return float(nll.detach().sum())
+        return float(self._nll(batch, weight=1.0 / total_targets).sum())
 
     def score(self, batch: Batch) -> torch.Tensor:
         """Nll per row ``[B]`` without a gradient."""
@@ -72,17 +70,20 @@ class Runner:
     def _forward_as(self, kind: int, batch: Batch) -> torch.Tensor:
         if kind == BACKWARD:
             # Some rank trains now: this one joins its backward with a gradient of zero.
-            nll = self._nll(batch)
-            (nll.sum() * 0.0).backward()
-            return nll.detach()
+            return self._nll(batch, weight=0.0)
         assert kind != IDLE
         with torch.no_grad():
             return self._nll(batch)
 
-    def _nll(self, batch: Batch) -> torch.Tensor:
+    def _nll(self, batch: Batch, weight: float | None = None) -> torch.Tensor:
+        """Nll per row ``[B]``; with a weight, the gradient of ``weight * Σ nll`` is added."""
         only = torch.zeros(batch.labels.shape[0], dtype=torch.int64)
         with assign_experts(self.frozen.model, only):
-            return target_nll(self.frozen.model, batch)
+            nll = target_nll(self.frozen.model, batch)
+            if weight is not None:
+                # In here, as checkpointed layers run again in the backward and must find their expert.
+                (nll.sum() * weight).backward()
+        return nll.detach()
 
 
 def fit(
