@@ -32,6 +32,7 @@ class Command:
     defaults: dict[str, Any] = field(default_factory=dict)
     takes_text: bool = False
     launches: bool = False
+    own_usage: bool = False  # sorts its words and key=value itself, and explains them in the module's USAGE
 
 
 _TRAINING = "glider_dist.training.experts"
@@ -60,6 +61,11 @@ COMMANDS = {
     "predict": Command(
         f"{_EVALUATION}.predict:run", "answer a text and show which experts served it", takes_text=True
     ),
+    "pool": Command(
+        "glider_dist.pool_command:run",
+        "import, ls, show, verify, remove, export, pack: adapters in and out of a pool",
+        own_usage=True,
+    ),
 }
 
 USAGE = """usage: glider-dist COMMAND [CONFIG.yaml] [key=value ...] [--help]
@@ -74,10 +80,16 @@ class Arguments:
     command: str
     file: Path | None = None
     overrides: list[str] = field(default_factory=list)
-    text: str | None = None
+    words: list[str] = field(default_factory=list)
     ranks: int | None = None
     fresh: bool = False
+    dry_run: bool = False
     help: bool = False
+
+    @property
+    def text(self) -> str | None:
+        """The text of a command that takes one."""
+        return self.words[0] if self.words else None
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -96,21 +108,23 @@ def parse(argv: Sequence[str]) -> Arguments:
             arguments.help = True
         elif word == "--fresh":
             arguments.fresh = True
+        elif word == "--dry-run":
+            arguments.dry_run = True
         elif name == "--ranks":
             value = value or next(flags, "")
             if not value.isdigit() or int(value) < 1:
                 raise GliderError(f"--ranks needs a number of processes, not {value!r}")
             arguments.ranks = int(value)
         elif word.startswith("-"):
-            raise GliderError(f"unknown flag {word}; the flags are --ranks N, --fresh and --help")
+            raise GliderError(f"unknown flag {word}; the flags are --ranks N, --fresh, --dry-run and --help")
         elif not arguments.command:
             arguments.command = word
         elif word.endswith((".yaml", ".yml")) and arguments.file is None and "=" not in word:
             arguments.file = Path(word)
         elif "=" in word and word.split("=")[0].replace("_", "").replace(".", "").isalnum() and " " not in name:
             arguments.overrides.append(word)
-        elif arguments.text is None:
-            arguments.text = word
+        elif not arguments.words or (arguments.command in COMMANDS and COMMANDS[arguments.command].own_usage):
+            arguments.words.append(word)
         else:
             raise GliderError(f"{word!r} is neither a configuration file nor key=value")
     return arguments
@@ -134,14 +148,16 @@ def _main(argv: list[str]) -> int:
         return 0 if arguments.help else 2
     if command is None:
         raise GliderError(f"unknown command {arguments.command!r}; the commands are {', '.join(COMMANDS)}")
-    if arguments.text is not None and not command.takes_text:
+    if arguments.text is not None and not command.takes_text and not command.own_usage:
         raise GliderError(f"{arguments.text!r} is neither a configuration file nor key=value")
     if not command.launches and (arguments.fresh or arguments.ranks):
         raise GliderError(f"--ranks and --fresh belong to quickstart; start {arguments.command} with a launcher")
+    if arguments.dry_run and not command.own_usage:
+        raise GliderError("--dry-run belongs to pool import")
     _set_up_logging()
     module, _, function = command.target.partition(":")
     stage = getattr(importlib.import_module(module), function)
-    if command.launches:
+    if command.launches or command.own_usage:
         return int(stage(arguments))
     cfg = read_config(arguments.file, arguments.overrides, command.defaults)
     run_stage(arguments.command, cfg, stage, arguments.text)
@@ -173,6 +189,7 @@ def _set_up_logging() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*past_key_values")
 
 
 def _fail(message: str) -> int:
@@ -189,6 +206,8 @@ def _help(name: str) -> str:
     if name not in COMMANDS:
         rows = "\n".join(f"  {key:14} {command.doc}" for key, command in COMMANDS.items())
         return f"{USAGE}\ncommands:\n{rows}\n\n`glider-dist COMMAND --help` lists every setting."
+    if COMMANDS[name].own_usage:
+        return str(importlib.import_module(COMMANDS[name].target.partition(":")[0]).USAGE)
     flags = "flags: --ranks N, --fresh\n" if COMMANDS[name].launches else ""
     lines = []
     defaults = COMMANDS[name].defaults

@@ -74,15 +74,28 @@ class RouterConfig:
     """
 
     kind: str = _setting(
-        "glider", "routing strategy", ("glider", "phatgoose", "global", "arrow", "merged", "oracle", "base")
-    )
+        "glider",
+        "routing strategy",
+        (
+            "glider", "phatgoose", "global", "arrow", "lag", "average_activation",
+            "merged", "ties", "dare", "oracle", "base",
+        ),
+    )  # fmt: skip
+    local: str = _setting("gate", "local score of glider; arrow and lag need no gates", ("gate", "arrow", "lag"))
     top_k: int = _setting(2, "experts per token")
     top_p: float | None = _setting(None, "if set, replaces top_k: keep the smallest set with this probability")
     top_p_max: int = _setting(8, "experts per token at most under top_p")
     alpha_in: float | None = _setting(None, "weight of the global score when some expert describes the query")
     alpha_out: float | None = _setting(None, "weight of the global score otherwise")
     threshold: float | None = _setting(None, "cosine over which an expert counts as describing the query")
-    temperature: float = _setting(1.0, "softmax temperature of arrow")
+    temperature: float = _setting(1.0, "softmax temperature of arrow and lag")
+    lag_candidates: int = _setting(5, "experts per token that arrow proposes and lag chooses from")
+    general: list[str] = _setting(
+        [],
+        "arrow and lag: general-knowledge experts; their mean is subtracted from the others, none is routed to",
+    )
+    merge_density: float = _setting(0.5, "share of the weights that ties and dare keep")
+    merge_seed: int = _setting(0, "seed of the weights that dare drops")
     shortlist: int | None = _setting(None, "consider only the M globally nearest experts of each query; None: all")
 
 
@@ -120,6 +133,9 @@ class Config:
     embedder: str = _setting(
         "all-minilm-l6-v2", "sentence-transformers id or folder; the default needs no network"
     )
+    describe_file: str | None = _setting(
+        None, "text file of lines EXPERT: DESCRIPTION for experts that no task of their name describes"
+    )
     tracking: str = _setting("offline", "Weights & Biases mode", ("offline", "online", "off"))
     tasks: TasksConfig = field(default_factory=TasksConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -148,6 +164,7 @@ class Config:
             "router.top_k": self.router.top_k,
             "router.top_p_max": self.router.top_p_max,
             "router.temperature": self.router.temperature,
+            "router.lag_candidates": self.router.lag_candidates,
             "evaluate.queries": self.evaluate.queries,
             "evaluate.batch_size": self.evaluate.batch_size,
             "evaluate.max_new_tokens": self.evaluate.max_new_tokens,
@@ -174,6 +191,8 @@ class Config:
             raise GliderError("mesh.expert_parallel must be 1: experts are not placed over ranks yet")
         if self.router.top_p is not None and not 0 < self.router.top_p <= 1:
             raise GliderError(f"router.top_p is {self.router.top_p}, but must lie in (0, 1]")
+        if not 0 < self.router.merge_density <= 1:
+            raise GliderError(f"router.merge_density is {self.router.merge_density}, but must lie in (0, 1]")
         if not 0 <= self.train.warmup_ratio < 1:
             raise GliderError(f"train.warmup_ratio is {self.train.warmup_ratio}, but must lie in [0, 1)")
         if not self.calibrate.alphas or min(self.calibrate.alphas) < 0:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,6 +29,8 @@ from glider_dist.semantics.index import FILE, Index, save_index, texts_digest
 HELD_IN = ("copy", "upper", "last")
 HELD_OUT = ("first",)
 ERROR = "glider-dist: error: "
+
+_SCRATCH = tempfile.TemporaryDirectory(prefix="glider-dist-tests-")
 
 _TASKS = {
     "copy": ("Repeat the words as they are", lambda words: " ".join(words)),
@@ -62,10 +66,9 @@ def write_tasks(folder: Path, held_in: Sequence[str] = HELD_IN, held_out: Sequen
     return folder
 
 
-def settings(folder: Path, base: Path, **changes: Any) -> list[str]:
+def settings(folder: Path, **changes: Any) -> list[str]:
     """``key=value`` of a job of seconds, its tasks, pool and run in ``folder``; ``a__b`` stands for ``a.b``."""
     values = {
-        "base": base,
         "pool": folder / "pool",
         "run_dir": folder / "run",
         "device": "cpu",
@@ -105,24 +108,25 @@ class Outcome:
         return [line[len(ERROR) :] for line in self.err.splitlines() if line.startswith(ERROR)]
 
 
-def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
+def command(*arguments: str) -> Outcome:
     """Run ``glider-dist`` in this process, and undo what it sets for its process."""
     root = logging.getLogger()
-    handlers, level, environment, threads = root.handlers[:], root.level, dict(os.environ), torch.get_num_threads()
-    capsys.readouterr()
+    handlers, level, variables, threads = root.handlers[:], root.level, dict(os.environ), torch.get_num_threads()
+    os.environ["GLIDER_DIST_CACHE"] = _SCRATCH.name
+    out, err = io.StringIO(), io.StringIO()
     try:
-        code = main(list(arguments))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(list(arguments))
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update(variables)
         torch.set_num_threads(threads)
-    printed = capsys.readouterr()
-    return Outcome(code, printed.out, printed.err)
+    return Outcome(code, out.getvalue(), err.getvalue())
 
 
-@contextmanager
+@contextlib.contextmanager
 def cores(count: int) -> Iterator[None]:
     """Run on so many cores only, so that every rank computes with one thread: the last bits of a matrix product
     depend on the number of threads."""
@@ -134,12 +138,13 @@ def cores(count: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def environment(folder: Path, **changes: str) -> dict[str, str]:
+def environment(**changes: str) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     fixed = {
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
+        "TORCH_EXTENSIONS_DIR": f"{_SCRATCH.name}/torch_extensions",
+        "GLIDER_DIST_CACHE": _SCRATCH.name,
         "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
         "PYTHONUNBUFFERED": "1",
     }
@@ -147,22 +152,21 @@ def environment(folder: Path, **changes: str) -> dict[str, str]:
 
 
 def start(arguments: Sequence[str], folder: Path, **env: str) -> subprocess.Popen[str]:
-    """Start a command in ``folder`` as a process group of its own, on as many cores as this process has."""
+    """Start a command in ``folder``, on as many cores as this process may use."""
     return subprocess.Popen(
         arguments,
         cwd=folder,
-        env=environment(folder, **env),
+        env=environment(**env),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        start_new_session=True,
     )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 180.0) -> Outcome:
-    """Wait for a process; past the time its whole group is killed and the test fails with its output."""
+    """Wait for a process; past the time it is killed with its ranks and the test fails with its output."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -173,17 +177,25 @@ def finish(process: subprocess.Popen[str], timeout: float = 180.0) -> Outcome:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    """Kill a process and all below it; launchers give each rank a process group of its own."""
+    parent = psutil.Process(process.pid)
+    for each in [parent, *parent.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def program(name: str) -> str:
+    """An executable of this Python's environment."""
+    return str(Path(sys.executable).parent / name)
 
 
 def launch(folder: Path, ranks: int, arguments: Sequence[str], launcher: str = "torchrun") -> Outcome:
     """Run ``glider_dist`` on so many ranks under ``torchrun`` or ``deepspeed``, one thread each."""
-    program = str(Path(sys.executable).parent / launcher)
     port = str(free_port())
     if launcher == "torchrun":
-        words = [program, "--nproc_per_node", str(ranks), "--master_port", port, "-m", "glider_dist"]
+        words = [program(launcher), "--nproc_per_node", str(ranks), "--master_port", port, "-m", "glider_dist"]
     else:
-        words = [program, "--num_gpus", str(ranks), "--master_port", port, "--module", "glider_dist"]
+        words = [program(launcher), "--num_gpus", str(ranks), "--master_port", port, "--module", "glider_dist"]
     with cores(ranks):
         process = start([*words, *arguments], folder)
     return finish(process)
@@ -227,6 +239,16 @@ def largest_difference(a: Mapping[str, Mapping[str, torch.Tensor]], b: Mapping[s
             scale = float(value.abs().max()) or 1.0
             worst = max(worst, float((value - b[name][key]).abs().max()) / scale)
     return worst
+
+
+def share_within(tolerance: float, a: Mapping[str, Mapping[str, torch.Tensor]], b: Mapping[str, Any]) -> float:
+    """The share of all values with ``|a - b| <= tolerance * max|a|`` of their tensor."""
+    close = [
+        (value - b[name][key]).abs().flatten() <= tolerance * value.abs().max()
+        for name, tensors in a.items()
+        for key, value in tensors.items()
+    ]
+    return float(torch.cat(close).float().mean())
 
 
 def describe_and_index(pool: ExpertPool, width: int = 384, embedder: str = "all-minilm-l6-v2") -> None:

@@ -26,15 +26,19 @@ class SiteBank:
         B: ``[E, r, d_out]``, each expert's B transposed, so that all of them are one ``[E·r, d_out]`` matrix.
         scale: ``[E]`` fp32, the factor on ``B A`` (lora_alpha / r, or / sqrt(r) for rsLoRA).
         eligible: ``[E]`` bool; False where an expert does not adapt this site.
+        ranks: each expert's own rank without padding, 0 where it does not adapt this site; by default r.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     scale: torch.Tensor
     eligible: torch.Tensor
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.all_eligible = bool(self.eligible.all())
+        if not self.ranks:
+            self.ranks = tuple(self.A.shape[1] if adapted else 0 for adapted in self.eligible.tolist())
 
     @property
     def num_experts(self) -> int:
@@ -72,19 +76,8 @@ def stack_site(loras: list[SiteLora | None], shape: tuple[int, int], dtype: torc
             a_Erd[index, : lora.A.shape[0]] = lora.A
             b_Ero[index, : lora.B.shape[1]] = lora.B.t()
             scale[index] = lora.scale
-    return SiteBank(a_Erd, b_Ero, scale, torch.tensor([lora is not None for lora in loras]))
-
-
-def merge_site(bank: SiteBank) -> SiteBank:
-    """The mean of the experts' ``s B A`` as one expert of rank E·r (exact, nothing is truncated).
-
-    Experts that do not adapt the site count as zero, as in PEFT's ``add_weighted_adapter`` with equal weights.
-    """
-    a_1Rd = bank.A.flatten(0, 1)[None]
-    weight_E = bank.scale.to(torch.promote_types(bank.B.dtype, torch.float32)) / bank.num_experts
-    weighted_Ero = (bank.B * weight_E[:, None, None]).to(bank.B.dtype)
-    b_1Ro = weighted_Ero.flatten(0, 1)[None]
-    return SiteBank(a_1Rd.contiguous(), b_1Ro.contiguous(), bank.scale.new_ones(1), bank.eligible.any()[None])
+    ranks = tuple(0 if lora is None else lora.A.shape[0] for lora in loras)
+    return SiteBank(a_Erd, b_Ero, scale, torch.tensor([lora is not None for lora in loras]), ranks)
 
 
 def initial_site(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from glider_dist.lora.bank import SiteBank, stack_site
 from glider_dist.model.context import RoutingContext
 from glider_dist.model.routed import RoutedLinear
 from glider_dist.model.sites import device_of, fingerprint, linear_sites
+from glider_dist.model.stored import cached_arrow_prototypes, read_activations
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json
-from glider_dist.pool.store import check_gate, check_sites
+from glider_dist.pool.fingerprint import check_gate, check_sites
 from glider_dist.routing.strategies import check_router, resolved
 
 log = logging.getLogger(__name__)
@@ -60,8 +62,16 @@ def attach_pool(
     banks, gates = load_banks(model, pool, dtype or _float_dtype(model), with_gates=not missing)
     banks = {site: bank.to(device, bank.A.dtype) for site, bank in banks.items()}
     gates = {site: gate.to(device) for site, gate in gates.items()}
-    install(model, pool.names, banks, gates)
-    set_router(model, router, pool)
+    context = install(model, pool.names, banks, gates)
+    context.prototypes.stored = {
+        "arrow": partial(cached_arrow_prototypes, pool, banks),
+        "activation": partial(read_activations, pool, banks),
+    }
+    try:
+        set_router(model, router, pool)
+    except GliderError:
+        detach(model)
+        raise
     return model
 
 

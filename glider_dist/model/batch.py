@@ -113,7 +113,8 @@ class Collator:
             inputs: dict[str, Any] = self.prompts(encoded)
             shifted = [(self.start, *answer[:-1]) for answer in answers]
             inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = self.pad_rows(shifted, left=False)
-            return Batch(inputs, labels, inputs["input_ids"].numel() + labels.numel(), targets)
+            tokens = inputs["input_ids"].numel() + labels.numel()
+            return Batch({**inputs, "use_cache": False}, labels, tokens, targets)
         ids, mask = self.pad_rows([item.prompt + item.answer for item in encoded], left=True)
         inputs = {"input_ids": ids, "attention_mask": mask, **self.positions(mask)}
         if self.keeps_logits:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
 
 from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
-from glider_dist.lora.bank import SiteBank, merge_site
+from glider_dist.lora.bank import SiteBank
+from glider_dist.lora.lag import delta_norms
+from glider_dist.lora.merge import merge_banks, subtract_general
+from glider_dist.model.prototypes import Prototypes
 from glider_dist.model.tokens import Stacks, Tokens
 from glider_dist.routing.combine import global_bias, shortlist
-from glider_dist.routing.local import arrow_prototypes, at_least_fp32, gate_prototypes, normalised
+from glider_dist.routing.local import at_least_fp32, normalised
 from glider_dist.routing.route import Route
-from glider_dist.routing.strategies import STRATEGIES, check_router, route_tokens
+from glider_dist.routing.strategies import STRATEGIES, Strategy, check_router, route_tokens
 
 
 class RoutingContext:
@@ -32,6 +36,7 @@ class RoutingContext:
         stacks: the tokens of the running forward.
         gated: weight assigned experts with ``σ(v·u)`` (gate training).
         counts: ``{site: [E]}`` tokens per expert since the last reset.
+        prototypes: what local scores compare tokens with.
     """
 
     def __init__(
@@ -44,22 +49,26 @@ class RoutingContext:
         self.names = names
         self.banks = banks
         self.gates = gates
+        self.prototypes = Prototypes(gates)
         self.stacks = Stacks(model)
         self.gated = False
         self.counts: dict[str, torch.Tensor] = {}
         self.router = RouterConfig(kind="base")
         self.strategy = STRATEGIES["base"]
-        self._prototypes: dict[tuple[str, str], torch.Tensor] = {}
-        self._merged: dict[str, SiteBank] = {}
+        self._general: tuple[int, ...] = ()
+        self._active = banks
+        self._derived: dict[tuple[object, ...], dict[str, SiteBank]] = {}
         self._bias_BE: torch.Tensor | None = None
+        self._excludes = False
         self._assigned_B: torch.Tensor | None = None
         self._last_input: tuple[torch.Tensor, Tokens, torch.Tensor] | None = None
 
     def use(self, router: RouterConfig) -> None:
-        """Switch the router; prototypes are computed once per kind.
+        """Switch the router; merged experts, experts less the general ones and prototypes are made once each.
 
         Raises:
-            GliderError: gates are needed and missing, or top_k exceeds the pool.
+            GliderError: what the router needs is missing (gates, activations, an expert named in ``general``),
+                top_k exceeds the pool, or the experts' ranks differ where they may not.
         """
         strategy = check_router(router, len(self.names))
         if strategy.local == "gate" and not self.gates:
@@ -67,13 +76,41 @@ class RoutingContext:
                 f"router {router.kind!r} needs a gate for every expert, but the pool has none or lacks some; "
                 "run train-gates, or choose a router without gates such as router.kind=arrow"
             )
+        general = router.general if strategy.by_weights else []
+        unknown = [name for name in general if name not in self.names]
+        if unknown:
+            raise GliderError(f"router.general names {unknown[0]!r}, but the pool has no such expert")
+        chosen = tuple(sorted({self.names.index(name) for name in general}))
+        # Kept for later forwards, which may need gradients even if this one does not.
+        with torch.inference_mode(False), torch.no_grad():
+            active = self._banks_for(strategy, router, chosen)
+            if strategy.local == "activation":
+                self.prototypes.load_activations(self.banks)
         self.router, self.strategy = router, strategy
+        self._general, self._active = chosen, active
         self._bias_BE = None
+
+    def _banks_for(
+        self, strategy: Strategy, router: RouterConfig, general: tuple[int, ...]
+    ) -> dict[str, SiteBank]:
+        if not strategy.merges and not general:
+            return self.banks
+        key = (strategy.static, router.merge_density, router.merge_seed, general)
+        if key not in self._derived:
+            if strategy.static in ("merged", "ties", "dare"):
+                self._derived[key] = merge_banks(
+                    self.banks, strategy.static, router.merge_density, router.merge_seed
+                )
+            else:
+                self._derived[key] = {
+                    site: subtract_general(site, bank, general) for site, bank in self.banks.items()
+                }
+        return self._derived[key]
 
     @property
     def always_on(self) -> bool:
         """True if a bank of one expert serves every token, so that nothing need be routed."""
-        return self.strategy.static == "merged" or (self._assigned_B is not None and len(self.names) == 1)
+        return self.strategy.merges or (self._assigned_B is not None and len(self.names) == 1)
 
     def bank(self, site: str) -> SiteBank | None:
         """The experts to compute at this site now, or None for the base alone."""
@@ -85,12 +122,7 @@ class RoutingContext:
             raise GliderError(
                 "router 'oracle' needs to be told: use glider_dist.assign_experts(model, expert_ids)"
             )
-        if self.strategy.static == "merged":
-            if site not in self._merged:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._merged[site] = merge_site(self.banks[site])
-            return self._merged[site]
-        return self.banks[site]
+        return self._active[site]
 
     @contextlib.contextmanager
     def scores(self, similarity_BE: torch.Tensor) -> Iterator[None]:
@@ -100,18 +132,22 @@ class RoutingContext:
                 f"similarity must be [queries, {len(self.names)}] for this pool, "
                 f"but is {list(similarity_BE.shape)}"
             )
-        before = self._bias_BE
+        before = self._bias_BE, self._excludes
         similarity_BE = at_least_fp32(similarity_BE)
+        if self._general:
+            general = torch.tensor(self._general, device=similarity_BE.device)
+            similarity_BE = similarity_BE.index_fill(1, general, float("-inf"))
         if self.router.shortlist is not None:
             similarity_BE = shortlist(similarity_BE, self.router.shortlist)
         router = self.router
         if router.alpha_in is None or router.alpha_out is None or router.threshold is None:
             raise GliderError("the router's alpha_in, alpha_out and threshold are not set")
         self._bias_BE = global_bias(similarity_BE, router.alpha_in, router.alpha_out, router.threshold)
+        self._excludes = bool(similarity_BE.isneginf().any())
         try:
             yield
         finally:
-            self._bias_BE = before
+            self._bias_BE, self._excludes = before
 
     @contextlib.contextmanager
     def assigned(self, expert_B: torch.Tensor) -> Iterator[None]:
@@ -139,13 +175,20 @@ class RoutingContext:
                 "run the model inside glider_dist.query_scores(model, similarity)"
             )
         kept_Td, normalised_Td = x_Td, None
-        if self.strategy.local == "gate":
+        if self.strategy.compares_normalised:
             normalised_Td = self._normalised(x, x_Td, tokens)
         elif tokens.keep is not None:
             kept_Td = x_Td[tokens.keep]
         eligible = None if bank.all_eligible else bank.eligible
-        prototypes = self._site_prototypes(site)
-        return route_tokens(self.strategy, self.router, kept_Td, normalised_Td, prototypes, bias_TE, eligible)
+        prototypes = norms = None
+        if self.strategy.local is not None:
+            prototypes = self.prototypes.of(self.strategy.local, site, bank, self._general)
+        if self.strategy.local == "lag":
+            norms = partial(delta_norms, kept_Td, bank, self.prototypes.factors(site, bank, self._general))
+        excludes = bias_TE is not None and self._excludes
+        return route_tokens(
+            self.strategy, self.router, kept_Td, normalised_Td, prototypes, bias_TE, eligible, norms, excludes
+        )
 
     def gate_weight(self, site: str, x_Td: torch.Tensor) -> torch.Tensor:
         """``σ(v·u)`` of a bank's only expert; ``[T]``."""
@@ -164,22 +207,6 @@ class RoutingContext:
             last = (x, tokens, normalised(x_Td if tokens.keep is None else x_Td[tokens.keep]))
             self._last_input = last
         return last[2]
-
-    def _site_prototypes(self, site: str) -> torch.Tensor | None:
-        if self.strategy.local is None:
-            return None
-        key = (self.strategy.local, site)
-        if key not in self._prototypes:
-            bank = self.banks[site]
-            # Kept for later forwards, which may need gradients even if this one does not.
-            with torch.inference_mode(False), torch.no_grad():
-                made = (
-                    gate_prototypes(self.gates[site])
-                    if key[0] == "gate"
-                    else arrow_prototypes(bank.A, bank.B.transpose(1, 2))
-                )
-            self._prototypes[key] = made.to(bank.A.device)
-        return self._prototypes[key]
 
 
 def assigned_route(

@@ -6,8 +6,8 @@ Shapes: A ``[r, d_in]``, B ``[d_out, r]``. Keys in the file are PEFT's:
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from glider_dist.errors import GliderError
-from glider_dist.pool.files import read_json, write_json, write_tensors
+from glider_dist.pool.adapter_config import CONFIG_FILE, read_config, scale_at
+from glider_dist.pool.files import write_json, write_tensors
+from glider_dist.pool.header import TensorInfo, read_header
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 GATE_FILE = "gate.safetensors"
 CARD_FILE = "card.json"
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<site>.+)\.lora_(?P<which>[AB])(?:\.[^.]+)?\.weight")
+_UNROUTABLE_TENSORS = {
+    "lora_embedding_": "it adapts an embedding, which has no input to route",
+    "lora_magnitude_vector": "DoRA rescales the base weight itself, so its output is not a sum over experts",
+    "modules_to_save": "it replaces a whole module of the base, which experts of one pool cannot share",
+    "embed_tokens.weight": "it holds trained embeddings, which experts of one pool cannot share",
+    "lm_head.weight": "it holds a trained output head, which experts of one pool cannot share",
+    ".bias": "trained biases cannot be routed",
+}
 
 
 @dataclass(frozen=True)
@@ -34,50 +43,82 @@ class SiteLora:
     scale: float
 
 
-def _pattern_value(pattern: dict[str, Any], site: str, default: Any) -> Any:
-    # PEFT matches a pattern's key against the end of the module name (peft.utils.other.get_pattern_key).
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", site):
-            return value
-    return default
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What the names, shapes and dtypes of an adapter's tensors tell.
+
+    Attributes:
+        keys: ``{site: (name of A, name of B)}`` in the file.
+        shapes: ``{site: (d_out, d_in)}``.
+        ranks: ``{site: r}``.
+        dtype: ``F32``, ``BF16``, ``F16`` or ``F64``; ``mixed`` if the sites differ.
+        size: bytes of all tensors.
+    """
+
+    keys: dict[str, tuple[str, str]]
+    shapes: dict[str, tuple[int, int]]
+    ranks: dict[str, int]
+    dtype: str
+    size: int
+
+    def summary(self) -> dict[str, Any]:
+        """The part that a table of experts shows, for the card."""
+        low, high = min(self.ranks.values()), max(self.ranks.values())
+        return {"sites": len(self.ranks), "rank": [low, high], "dtype": self.dtype, "bytes": self.size}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read ``adapter_config.json`` and refuse what a routed expert cannot represent.
+def pair_up(tensors: Mapping[str, TensorInfo], where: str) -> AdapterInfo:
+    """Sort an adapter's tensors into pairs of A and B.
 
     Raises:
-        GliderError: not LoRA, or DoRA, trained biases, ``modules_to_save`` and the like, with the reason.
+        GliderError: a tensor that cannot be routed, a half pair, ranks that do not match, an unknown dtype, or no
+            LoRA weights at all; the message starts with ``where``.
     """
-    path = folder / CONFIG_FILE
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise GliderError(f"{path} must hold a JSON object")
-    kind = str(config.get("peft_type", "")).upper()
-    if kind != "LORA":
-        raise GliderError(f"{path}: peft_type is {kind or 'missing'}; only LORA adapters can be experts")
-    refusals = {
-        "use_dora": "DoRA rescales the base weight itself, so its output is not a sum over experts",
-        "modules_to_save": "it replaces whole modules of the base, which experts of one pool cannot share",
-        "trainable_token_indices": "it trains embeddings of the base, which experts of one pool cannot share",
-        "layer_replication": "it changes the layers of the base",
-        "target_parameters": "it adapts bare parameters, not linear layers",
-        "alora_invocation_tokens": "it acts only behind certain tokens",
-        "use_qalora": "it pools a layer's input in groups",
-        "use_bdlora": "its matrices are block-diagonal",
-        "kasa_config": "it changes the base's own weights",
-    }
-    for key, reason in refusals.items():
-        if config.get(key):
-            raise GliderError(f"{path}: {key} is set and cannot be routed: {reason}")
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        raise GliderError(f"{path}: trained biases cannot be routed; train the adapter with bias='none'")
-    init = str(config.get("init_lora_weights", True)).lower()
-    if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise GliderError(
-            f"{path}: init_lora_weights={init} changed the base's own weights and cannot be routed; "
-            "save the adapter with path_initial_model_for_weight_conversion"
-        )
-    return config
+    halves: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        match = _KEY.fullmatch(key)
+        if not match:
+            reason = next((text for part, text in _UNROUTABLE_TENSORS.items() if part in key), None)
+            detail = f" ({reason})" if reason else ""
+            raise GliderError(f"{where}: tensor {key!r} is neither lora_A nor lora_B of a linear layer{detail}")
+        pair = halves.setdefault(match["site"], {})
+        if match["which"] in pair:
+            raise GliderError(f"{where}: site {match['site']} has two of lora_{match['which']}; save one adapter")
+        pair[match["which"]] = key
+    keys, shapes, ranks = {}, {}, {}
+    for site, pair in halves.items():
+        if set(pair) != {"A", "B"}:
+            raise GliderError(f"{where}: site {site} has only one of lora_A and lora_B")
+        a, b = tensors[pair["A"]], tensors[pair["B"]]
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+            raise GliderError(
+                f"{where}: site {site} has A {list(a.shape)} and B {list(b.shape)}, which do not fit"
+            )
+        for half in (a, b):
+            if half.dtype not in ("F32", "BF16", "F16", "F64"):
+                raise GliderError(f"{where}: site {site} has dtype {half.dtype}; save it as float32 or bfloat16")
+        keys[site] = (pair["A"], pair["B"])
+        shapes[site] = (b.shape[0], a.shape[1])
+        ranks[site] = a.shape[0]
+    if not keys:
+        raise GliderError(f"{where} holds no LoRA weights")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    size = sum(tensor.size for tensor in tensors.values())
+    return AdapterInfo(keys, shapes, ranks, dtypes.pop() if len(dtypes) == 1 else "mixed", size)
+
+
+def inspect_adapter(folder: Path) -> AdapterInfo:
+    """Check the PEFT LoRA in ``folder`` by its config and the header of its weights.
+
+    Raises:
+        GliderError: whatever :func:`read_adapter` refuses but tensors that cannot be read.
+    """
+    config = read_config(folder)
+    path = folder / WEIGHTS_FILE
+    info = pair_up(read_header(path), str(path))
+    for site, rank in info.ranks.items():
+        scale_at(config, site, rank)
+    return info
 
 
 def read_adapter(folder: Path) -> dict[str, SiteLora]:
@@ -88,49 +129,25 @@ def read_adapter(folder: Path) -> dict[str, SiteLora]:
     """
     config = read_config(folder)
     path = folder / WEIGHTS_FILE
-    if not path.exists():
-        raise GliderError(f"{path} does not exist; an adapter's weights must be safetensors")
-    halves: dict[str, dict[str, torch.Tensor]] = {}
+    info = pair_up(read_header(path), str(path))
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (a safetensors handle is not iterable)
-                match = _KEY.fullmatch(key)
-                if not match:
-                    raise GliderError(f"{path}: tensor {key!r} is neither lora_A nor lora_B of a linear layer")
-                halves.setdefault(match["site"], {})[match["which"]] = file.get_tensor(key)
-    except SafetensorError as error:
+            return {
+                site: SiteLora(file.get_tensor(a), file.get_tensor(b), scale_at(config, site, info.ranks[site]))
+                for site, (a, b) in info.keys.items()
+            }
+    except (OSError, SafetensorError) as error:
         raise GliderError(f"{path} cannot be read ({error}); copy it again") from None
-    sites = {}
-    for site, pair in halves.items():
-        if set(pair) != {"A", "B"}:
-            raise GliderError(f"{path}: site {site} has only one of lora_A and lora_B")
-        a, b = pair["A"], pair["B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise GliderError(f"{path}: site {site} has A {list(a.shape)} and B {list(b.shape)}, which do not fit")
-        alpha = float(_pattern_value(config.get("alpha_pattern") or {}, site, config.get("lora_alpha", 8)))
-        rank = a.shape[0]
-        sites[site] = SiteLora(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-    if not sites:
-        raise GliderError(f"{path} holds no LoRA weights")
-    return sites
 
 
 def site_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """``{site: (d_out, d_in)}`` of an adapter, read from the file's header only.
 
     Raises:
-        GliderError: if the file is missing or broken.
+        GliderError: if the file is missing or broken, or holds anything but pairs of A and B.
     """
-    dims: dict[str, dict[str, list[int]]] = {}
     path = folder / WEIGHTS_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                if match := _KEY.fullmatch(key):
-                    dims.setdefault(match["site"], {})[match["which"]] = file.get_slice(key).get_shape()
-    except (OSError, SafetensorError) as error:
-        raise GliderError(f"{path} cannot be read ({error}); copy it again") from None
-    return {site: (pair["B"][0], pair["A"][1]) for site, pair in dims.items() if len(pair) == 2}
+    return pair_up(read_header(path), str(path)).shapes
 
 
 def read_gate(path: Path) -> dict[str, torch.Tensor]:
@@ -146,6 +163,17 @@ def read_gate(path: Path) -> dict[str, torch.Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise GliderError(f"{path} cannot be read ({error}); train the gate again") from None
+
+
+def target_modules(sites: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The shortest ``target_modules`` with which PEFT finds exactly ``sites`` among the base's ``known`` layers.
+
+    Last names if they match nothing else, full names otherwise or if the base's layers are not known.
+    """
+    wanted = set(sites)
+    last = {site.rsplit(".", 1)[-1] for site in wanted}
+    matched = {site for site in known if site.rsplit(".", 1)[-1] in last}
+    return sorted(last) if matched == wanted else sorted(wanted)
 
 
 def write_adapter(

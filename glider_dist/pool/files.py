@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -36,7 +38,8 @@ def sync_file(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success sync it and rename it over ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Ranks on other nodes may have the same process id.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         sync_file(temporary)
@@ -81,23 +84,63 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``path``; on success sync its files and swap it in for ``path``."""
+def replacing_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``; on success sync its files and swap it in for ``path``.
+
+    Raises:
+        FileExistsError: ``replace`` is false and another process was first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
-        for file in temporary.iterdir():
-            sync_file(file)
+        for inner in temporary.rglob("*"):
+            (sync_folder if inner.is_dir() else sync_file)(inner)
         sync_folder(temporary)
-        if path.exists():
+        if replace and path.exists():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.rename(path, old)
             os.rename(temporary, path)
             shutil.rmtree(old)
         else:
-            os.rename(temporary, path)
+            _rename_new(temporary, path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise FileExistsError(error.errno, "exists", str(target)) from None
+        raise
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that it disappears whole: renamed to a hidden name first."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.old")
+    os.rename(path, hidden)
+    sync_folder(path.parent)
+    shutil.rmtree(hidden)
+
+
+def write_new_json(path: Path, value: Any) -> bool:
+    """Write a JSON file unless it is there already; False if it is. Of several processes one wins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        sync_file(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)

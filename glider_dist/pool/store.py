@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,56 +22,28 @@ import torch
 from glider_dist.errors import GliderError
 from glider_dist.pool.adapter import (
     CARD_FILE,
-    CONFIG_FILE,
     GATE_FILE,
     WEIGHTS_FILE,
     SiteLora,
+    inspect_adapter,
     read_adapter,
-    read_config,
     read_gate,
     site_shapes,
 )
-from glider_dist.pool.files import read_json, replacing_folder, sha256, write_json, write_tensors
+from glider_dist.pool.adapter_config import CONFIG_FILE, read_config
+from glider_dist.pool.files import (
+    read_json,
+    remove_folder,
+    replacing_folder,
+    sha256,
+    write_json,
+    write_new_json,
+    write_tensors,
+)
+from glider_dist.pool.fingerprint import Fingerprint, check_gate, check_sites
 from glider_dist.pool.names import check_name, natural_key
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What must agree between a pool and the base it is attached to.
-
-    Attributes:
-        model_type: the Hugging Face model type, such as ``llama``.
-        sites: ``{site: (d_out, d_in)}`` of every linear layer that experts may adapt; may be empty if unknown.
-        weights: sha256 over the base's weight files, or None if unknown.
-    """
-
-    model_type: str | None = None
-    sites: dict[str, tuple[int, int]] = field(default_factory=dict)
-    weights: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        sites = {site: list(shape) for site, shape in self.sites.items()}
-        return {"model_type": self.model_type, "weights_sha256": self.weights, "sites": sites}
-
-    @staticmethod
-    def from_json(value: dict[str, Any]) -> Fingerprint:
-        sites = {site: (int(out), int(in_)) for site, (out, in_) in value.get("sites", {}).items()}
-        return Fingerprint(value.get("model_type"), sites, value.get("weights_sha256"))
-
-    def difference(self, other: Fingerprint) -> str | None:
-        """The first difference between what both sides know, in words, or None."""
-        if self.model_type and other.model_type and self.model_type != other.model_type:
-            return f"model type {self.model_type} against {other.model_type}"
-        if self.sites and other.sites:
-            for site in sorted(self.sites.keys() | other.sites.keys(), key=natural_key):
-                mine, theirs = self.sites.get(site), other.sites.get(site)
-                if mine != theirs:
-                    return f"site {site}: shape {mine} against {theirs}"
-        if self.weights and other.weights and self.weights != other.weights:
-            return f"weights {self.weights[:12]} against {other.weights[:12]}"
-        return None
 
 
 class Expert:
@@ -104,6 +75,10 @@ class Expert:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """``{site: (d_out, d_in)}`` from the file's header."""
         return site_shapes(self.folder)
+
+    def summary(self, card: dict[str, Any]) -> dict[str, Any]:
+        """Sites, ranks, dtype and bytes as its ``card`` has them, else from the headers."""
+        return card.get("summary") or inspect_adapter(self.folder).summary()
 
     def update_card(self, **values: Any) -> None:
         write_json(self.folder / CARD_FILE, {**self.card(), **values})
@@ -141,13 +116,13 @@ class ExpertPool:
         if fingerprint is None:
             config = Path(base) / "config.json"
             fingerprint = Fingerprint(read_json(config).get("model_type")) if config.exists() else Fingerprint()
-        if (root / "pool.json").exists():
-            pool = ExpertPool.open(root)
-            pool.check_base(fingerprint)
-            return pool
         (root / "experts").mkdir(parents=True, exist_ok=True)
-        write_json(root / "pool.json", {"format": FORMAT, "base": base, "fingerprint": fingerprint.to_json()})
-        return ExpertPool(root, base, fingerprint)
+        value = {"format": FORMAT, "base": base, "fingerprint": fingerprint.to_json()}
+        if not (root / "pool.json").exists() and write_new_json(root / "pool.json", value):
+            return ExpertPool(root, base, fingerprint)
+        pool = ExpertPool.open(root)
+        pool.check_base(fingerprint)
+        return pool
 
     @staticmethod
     def open(path: str | os.PathLike[str]) -> ExpertPool:
@@ -176,11 +151,21 @@ class ExpertPool:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The experts in natural order; this order numbers them everywhere. Read once per open pool."""
+        """The experts in natural order; this order numbers them everywhere. Read once per open pool.
+
+        Raises:
+            GliderError: an expert's folder is a link that leaves the pool.
+        """
         root = self.path / "experts"
         # A copy of an empty pool may lack the empty folder.
         entries = os.scandir(root) if root.is_dir() else ()
-        found = (entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        found = []
+        for entry in entries:
+            if entry.name.startswith(".") or not entry.is_dir():
+                continue
+            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(self.path.resolve()):
+                raise GliderError(f"{entry.path} is a link that leaves the pool; copy the expert in with pool add")
+            found.append(entry.name)
         return tuple(sorted(found, key=natural_key))
 
     def __len__(self) -> int:
@@ -201,19 +186,23 @@ class ExpertPool:
     def missing_gates(self) -> list[str]:
         return [expert.name for expert in self.experts() if not expert.has_gate]
 
-    def write(self, name: str, fill: Callable[[Path], None], card: dict[str, Any]) -> Expert:
-        """Add or replace an expert: ``fill(folder)`` writes its files, the card gets their hashes."""
+    def write(self, name: str, fill: Callable[[Path], None], card: dict[str, Any], replace: bool = True) -> Expert:
+        """Add or replace an expert: ``fill(folder)`` writes its files, the card gets their hashes and a summary.
+
+        Raises:
+            FileExistsError: ``replace`` is false and another process has added an expert of that name.
+        """
         check_name(name)
         target = self.path / "experts" / name
-        with replacing_folder(target) as folder:
+        with replacing_folder(target, replace) as folder:
             fill(folder)
-            read_adapter(folder)
+            summary = inspect_adapter(folder).summary()
             files = {
                 file: sha256(folder / file)
                 for file in (CONFIG_FILE, WEIGHTS_FILE, GATE_FILE)
                 if (folder / file).exists()
             }
-            write_json(folder / CARD_FILE, {"name": name, **card, "files": files})
+            write_json(folder / CARD_FILE, {"name": name, **card, "files": files, "summary": summary})
         self.__dict__.pop("names", None)
         return Expert(target)
 
@@ -231,12 +220,11 @@ class ExpertPool:
                 from the base's.
         """
         check_name(name)
+        taken = f"pool {self.path} already has an expert {name!r}; remove it first or choose another name"
         if name in self:
-            raise GliderError(
-                f"pool {self.path} already has an expert {name!r}; remove it first or choose another name"
-            )
+            raise GliderError(taken)
         source = Path(adapter)
-        shapes = {site: (lora.B.shape[0], lora.A.shape[1]) for site, lora in read_adapter(source).items()}
+        shapes = inspect_adapter(source).shapes
         check_sites(name, shapes, self.fingerprint.sites)
         if gate is not None:
             check_gate(name, read_gate(Path(gate)), shapes)
@@ -247,24 +235,16 @@ class ExpertPool:
             if gate is not None:
                 shutil.copyfile(gate, folder / GATE_FILE)
 
-        return self.write(name, fill, card or {})
+        try:
+            return self.write(name, fill, card or {}, replace=False)
+        except FileExistsError:
+            raise GliderError(taken) from None
 
+    def remove(self, name: str) -> None:
+        """Delete an expert. The index and the calibration notice by themselves that they are stale.
 
-def check_sites(name: str, shapes: dict[str, tuple[int, int]], known: dict[str, tuple[int, int]]) -> None:
-    """Raises GliderError if an expert adapts a site that the base lacks or with another shape."""
-    for site, shape in shapes.items() if known else ():
-        if site not in known:
-            raise GliderError(f"expert {name!r} adapts {site}, which is not a linear layer of the base")
-        if shape != known[site]:
-            raise GliderError(f"expert {name!r} has shape {shape} at {site}, but the base has {known[site]}")
-
-
-def check_gate(name: str, gate: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]]) -> None:
-    """Raises GliderError unless the gate has one vector of length d_in for each of the expert's sites."""
-    for site, (_, d_in) in shapes.items():
-        if site not in gate:
-            raise GliderError(f"the gate of expert {name!r} lacks site {site}; train it again")
-        if tuple(gate[site].shape) != (d_in,):
-            raise GliderError(
-                f"the gate of expert {name!r} at {site} has shape {list(gate[site].shape)}, not [{d_in}]"
-            )
+        Raises:
+            GliderError: if there is no such expert.
+        """
+        remove_folder(self.expert(name).folder)
+        self.__dict__.pop("names", None)

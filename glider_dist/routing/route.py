@@ -22,13 +22,17 @@ class Route:
     ragged: bool = False
 
 
-def top_k_route(scores_TE: torch.Tensor, k: int) -> Route:
+def top_k_route(scores_TE: torch.Tensor, k: int, excludes: bool = True) -> Route:
     """Softmax over the k largest scores (GLIDER; equal to softmax over all, top-k, renormalise).
 
-    Scores of -inf never serve a token: if all are, the weights are 0.
+    Args:
+        excludes: whether a score may be -inf. Such an expert never serves the token: its place stays unused.
+            False keeps every place, and with it a plan without a host sync.
     """
     top_TK, ids_TK = scores_TE.topk(min(k, scores_TE.shape[1]), dim=-1)
-    return Route(ids_TK, _weights(top_TK))
+    if not excludes:
+        return Route(ids_TK, top_TK.softmax(-1))
+    return Route(ids_TK.masked_fill(top_TK.isneginf(), -1), _weights(top_TK), ragged=True)
 
 
 def top_p_route(scores_TE: torch.Tensor, p: float, at_most: int) -> Route:

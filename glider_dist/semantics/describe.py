@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glider_dist.errors import GliderError
@@ -33,24 +35,68 @@ def describe_task(task: Task) -> tuple[list[str], str]:
     raise GliderError(f"task {task.name!r} has neither descriptions nor a definition; add one to tasks.json")
 
 
+def read_descriptions(path: Path) -> dict[str, list[str]]:
+    """``{expert: descriptions}`` from a text file of lines ``EXPERT: DESCRIPTION``.
+
+    An expert may have several lines. Empty lines and lines that start with ``#`` do not count.
+
+    Raises:
+        GliderError: the file is missing, or a line has no colon, no name or no text.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise GliderError(f"{path} cannot be read ({error.strerror or error})") from None
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, _, text = (part.strip() for part in line.partition(":"))
+        if not name or not text:
+            raise GliderError(f"{path} line {number} is not EXPERT: DESCRIPTION")
+        found.setdefault(name, []).append(text)
+    return found
+
+
+def name_in_words(name: str) -> str:
+    """An expert's name as words: ``squad_v2-gen`` becomes ``squad v2 gen``."""
+    return " ".join(re.split(r"[_.\-\s]+", name)).strip()
+
+
 def run(job: Job) -> None:
     """Describe every expert that has no description yet.
 
+    From its task; else from ``describe_file``; else from the adapter's own card, noted at import; else from its
+    name alone, with a warning.
+
     Raises:
-        GliderError: if no configured task has an undescribed expert's name, or that task has no text.
+        GliderError: an expert's task has no text, or ``describe_file`` cannot be read.
     """
     pool = job.open_pool(check_base=False)
     by_name = {task.name: task for task in job.tasks.all}
-    todo = [expert for expert in pool.experts() if not expert.card().get("descriptions")]
-    texts = {}
-    for expert in todo:
-        if expert.name not in by_name:
-            raise GliderError(f"expert {expert.name!r} has no description, and no task of that name is configured")
-        texts[expert.name] = describe_task(by_name[expert.name])
+    from_file = read_descriptions(Path(job.cfg.describe_file)) if job.cfg.describe_file else {}
+    cards = {expert.name: expert.card() for expert in pool.experts()}
+    todo = [name for name, card in cards.items() if not card.get("descriptions")]
+    texts: dict[str, tuple[list[str], str]] = {}
+    for name in todo:
+        if name in by_name:
+            texts[name] = describe_task(by_name[name])
+        elif name in from_file:
+            texts[name] = (from_file[name], "file")
+        elif readme := cards[name].get("readme"):
+            texts[name] = (list(readme), "adapter card")
+        else:
+            texts[name] = ([name_in_words(name)], "name")
     if job.ranks.is_main:
-        for expert in todo:
-            sentences, source = texts[expert.name]
-            expert.update_card(descriptions=sentences, description_source=source)
+        for name, (sentences, source) in texts.items():
+            pool.expert(name).update_card(descriptions=sentences, description_source=source)
+        by_name_alone = [name for name, (_, source) in texts.items() if source == "name"]
+        if by_name_alone:
+            log.warning(
+                "%d experts are described by their name alone, such as %s; describe_file= says more of them",
+                len(by_name_alone),
+                by_name_alone[0],
+            )
         job.run.log({"describe/experts": len(todo)})
         log.info("described %d of %d experts", len(todo), len(pool))
     job.ranks.barrier()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from glider_dist.job import Job
 from glider_dist.lora.bank import SiteBank, initial_site, stack_site
 from glider_dist.model.attach import context_of, detach, install
 from glider_dist.model.batch import Encoded
+from glider_dist.model.recompute import recomputed
 from glider_dist.model.sites import linear_sites, peft_targets
 from glider_dist.pool.adapter import write_adapter
 from glider_dist.pool.names import check_name
@@ -210,15 +211,9 @@ def _installed(
     model = job.frozen.model
     install(model, (name,), banks, gates)
     context_of(model).gated = gated
-    if job.cfg.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        # Only the checkpointed blocks themselves look at this; model.train() would turn the base's dropout on.
-        for module in model.modules():
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
+    block = recomputed(model) if job.cfg.train.gradient_checkpointing else nullcontext()
     try:
-        yield
+        with block:
+            yield
     finally:
-        if job.cfg.train.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
-            model.eval()
         detach(model)

@@ -1,0 +1,206 @@
+"""What a user names on ``pool import``: folders, globs, hub ids, checkpoints, or a text file that lists them."""
+
+from __future__ import annotations
+
+import glob
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glider_dist.errors import GliderError
+from glider_dist.pool.adapter import (
+    CARD_FILE,
+    GATE_FILE,
+    WEIGHTS_FILE,
+    AdapterInfo,
+    inspect_adapter,
+    pair_up,
+    read_gate,
+)
+from glider_dist.pool.adapter_config import CONFIG_FILE, read_config
+from glider_dist.pool.files import read_json, sha256, write_tensors
+from glider_dist.pool.header import info_of
+from glider_dist.pool.names import natural_key
+from glider_dist.pool.published import SUFFIXES, PublishedExpert, load_pickled, read_published
+
+PICKLED_FILE = "adapter_model.bin"
+_HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+_NAMED = re.compile(r"(?P<name>[A-Za-z0-9_][\w.\-]*)=(?P<path>.+)")
+_HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE, GATE_FILE, "README.md"]
+
+
+@dataclass(frozen=True)
+class PeftFolder:
+    """A PEFT adapter on disk: safetensors are copied byte for byte, an old ``.bin`` file is rewritten as such."""
+
+    name: str
+    origin: str
+    folder: Path
+    gate_file: Path | None = None
+
+    @property
+    def readme_folder(self) -> Path:
+        return self.folder
+
+    @property
+    def base(self) -> str | None:
+        return read_config(self.folder).get("base_model_name_or_path")
+
+    @property
+    def _pickled(self) -> bool:
+        return not (self.folder / WEIGHTS_FILE).exists() and (self.folder / PICKLED_FILE).exists()
+
+    @property
+    def _gate_file(self) -> Path:
+        return self.gate_file or self.folder / GATE_FILE
+
+    @cached_property
+    def info(self) -> AdapterInfo:
+        if not self._pickled:
+            return inspect_adapter(self.folder)
+        read_config(self.folder)
+        path = self.folder / PICKLED_FILE
+        return pair_up({key: info_of(tensor) for key, tensor in load_pickled(path).items()}, str(path))
+
+    def gate(self) -> dict[str, torch.Tensor] | None:
+        return read_gate(self._gate_file) if self.gate_file or self._gate_file.exists() else None
+
+    def sha256(self) -> dict[str, str]:
+        weights = PICKLED_FILE if self._pickled else WEIGHTS_FILE
+        return {file: sha256(self.folder / file) for file in (CONFIG_FILE, weights)}
+
+    def card(self) -> dict[str, Any]:
+        """What an exported expert brings along; its hashes are made anew."""
+        path = self.folder / CARD_FILE
+        card = read_json(path) if path.exists() else {}
+        if not isinstance(card, dict):
+            return {}
+        return {key: value for key, value in card.items() if key not in ("name", "files", "summary", "origin")}
+
+    def fill(self, folder: Path, base: str, known: Mapping[str, Any]) -> None:
+        shutil.copyfile(self.folder / CONFIG_FILE, folder / CONFIG_FILE)
+        if self._pickled:
+            write_tensors(folder / WEIGHTS_FILE, load_pickled(self.folder / PICKLED_FILE))
+        else:
+            shutil.copyfile(self.folder / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+        if self._gate_file.exists():
+            shutil.copyfile(self._gate_file, folder / GATE_FILE)
+
+
+Source = PeftFolder | PublishedExpert
+
+
+def find_adapters(words: Sequence[str], folder: Path | None = None) -> list[Source]:
+    """Every adapter that ``words`` name, in order, each once.
+
+    Args:
+        words: a PEFT folder; a folder of such folders; a glob of them; a published checkpoint (``.pt``, ``.pth``,
+            ``.bin``); a hub id; a text file with any of these, one a line, ``#`` for comments; each may be
+            written ``NAME=...``. A list's relative paths start from the list's own folder.
+        folder: where relative paths start; None is the working directory.
+
+    Raises:
+        GliderError: nothing is there, or the hub cannot be asked.
+    """
+    found: list[Source] = []
+    for word in words:
+        named = _NAMED.fullmatch(word) if not _path(word, folder).exists() else None
+        name, place = (named["name"], named["path"]) if named else (None, word)
+        some = _expand(place, name, folder)
+        if named and len(some) > 1 and any(isinstance(source, PeftFolder) for source in some):
+            raise GliderError(f"{word!r} names one expert, but {place} holds {len(some)} adapters")
+        found += some
+    return list({(source.name, source.origin, *_row(source)): source for source in found}.values())
+
+
+def _row(source: Source) -> tuple[str, ...]:
+    return tuple(source.hashes) if isinstance(source, PublishedExpert) else (str(source.folder.resolve()),)
+
+
+def _path(word: str, folder: Path | None) -> Path:
+    path = Path(word).expanduser()
+    return path if folder is None or path.is_absolute() else folder / path
+
+
+def _expand(word: str, name: str | None, folder: Path | None) -> list[Source]:
+    path = _path(word, folder)
+    if path.is_dir():
+        return _from_folder(path, name)
+    if path.is_file() and path.suffix in SUFFIXES:
+        return list(read_published(path, name or path.stem.removesuffix("_best")))
+    if path.is_file():
+        return _from_list(path)
+    if glob.has_magic(word):
+        # Sorted like the pool, so that a table reads in its order.
+        hits = sorted(glob.glob(str(path)), key=natural_key)
+        if not hits:
+            raise GliderError(f"nothing matches {word!r}")
+        folders = [hit for hit in hits if Path(hit).is_dir()]
+        return [source for hit in folders or hits for source in _expand(hit, name, None)]
+    if _HUB_ID.fullmatch(word):
+        return [PeftFolder(name or word.rsplit("/", 1)[-1], word, _download(word))]
+    raise GliderError(f"there is no folder, file or hub id {word!r}")
+
+
+def _from_folder(path: Path, name: str | None) -> list[Source]:
+    if (path / CONFIG_FILE).exists():
+        return [PeftFolder(name or path.resolve().name, str(path), path)]
+    inside = sorted((child for child in path.iterdir() if (child / CONFIG_FILE).exists()), key=_order)
+    if inside:
+        return [PeftFolder(name or child.name, str(child), child) for child in inside]
+    files = sorted((child for child in path.iterdir() if child.suffix in SUFFIXES), key=_order)
+    if not files:
+        raise GliderError(f"{path} holds no {CONFIG_FILE}, no folders with one and no checkpoint")
+    # PHATGOOSE keeps each run's checkpoint as RUN/best.pt.
+    stems = [path.resolve().name if file.stem == "best" else file.stem.removesuffix("_best") for file in files]
+    experts: list[Source] = []
+    for file, stem in zip(files, stems, strict=True):
+        experts += read_published(file, name or stem)
+    return experts
+
+
+def _order(path: Path) -> Any:
+    return natural_key(path.name)
+
+
+def _from_list(path: Path) -> list[Source]:
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise GliderError(
+            f"{path} is neither a text file with one adapter a line nor a checkpoint ({', '.join(SUFFIXES)})"
+        ) from None
+    found: list[Source] = []
+    for number, line in enumerate(lines, 1):
+        word = line.partition("#")[0].strip()
+        if not word:
+            continue
+        try:
+            found += find_adapters([word], path.parent)
+        except GliderError as error:
+            raise GliderError(f"{path} line {number}: {error}") from None
+    if not found:
+        raise GliderError(f"{path} lists no adapters")
+    return found
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except LocalEntryNotFoundError:
+        raise GliderError(
+            f"there is no folder {hub_id}, and as a hub id it is not cached and there is no network; "
+            "copy the adapter's folder here and name that"
+        ) from None
+    except (HFValidationError, OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise GliderError(f"the hub does not give out {hub_id!r} ({first}); check the id") from None

@@ -1,0 +1,88 @@
+"""Checking a pool against itself: hashes, shapes, finiteness, gates, links and files that do not belong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from glider_dist.errors import GliderError
+from glider_dist.pool.adapter import CARD_FILE, GATE_FILE, WEIGHTS_FILE, SiteLora
+from glider_dist.pool.adapter_config import CONFIG_FILE
+from glider_dist.pool.files import sha256
+from glider_dist.pool.fingerprint import check_gate, check_sites
+from glider_dist.pool.names import check_name
+from glider_dist.pool.store import Expert, ExpertPool
+from glider_dist.tracking.progress import progress
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+def verify(pool: ExpertPool) -> list[str]:
+    """Every problem found, one sentence each; reads all weights."""
+    problems = stray_files(pool.path)
+    for name in progress(pool.names, desc="verifying", enabled=len(pool) > 20):
+        expert = Expert(pool.path / "experts" / name)
+        problems += _check_files(expert)
+        try:
+            _check_weights(expert, pool)
+        except GliderError as error:
+            problems.append(str(error))
+    return problems
+
+
+def stray_files(root: Path) -> list[str]:
+    """Links that leave the folder, and files that could run code when they are loaded."""
+    problems = []
+    inside = root.resolve()
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            problems.append(f"{path} is a link that leaves the pool")
+        elif path.suffix in _PICKLES:
+            problems.append(f"{path} may be a pickle, which no pool needs; delete it")
+    return problems
+
+
+def _check_files(expert: Expert) -> list[str]:
+    try:
+        card = expert.card()
+    except GliderError as error:
+        return [str(error)]
+    if not card:
+        return [f"{expert.folder / CARD_FILE} does not exist, so the files' hashes are unknown"]
+    hashes = card.get("files", {})
+    problems = []
+    for file in (CONFIG_FILE, WEIGHTS_FILE, GATE_FILE):
+        path = expert.folder / file
+        if not path.exists():
+            if file in hashes:
+                problems.append(f"{path} is missing, though the card has its hash")
+        elif file not in hashes:
+            problems.append(f"{path} has no hash in the card")
+        elif sha256(path) != hashes[file]:
+            problems.append(f"{path} has changed: its sha256 is not the one in the card")
+    return problems
+
+
+def _check_weights(expert: Expert, pool: ExpertPool) -> None:
+    check_name(expert.name)
+    weights = expert.weights()
+    shapes = {site: (lora.B.shape[0], lora.A.shape[1]) for site, lora in weights.items()}
+    check_sites(expert.name, shapes, pool.fingerprint.sites)
+    _check_finite(expert, weights)
+    if expert.has_gate:
+        gate = expert.gate()
+        check_gate(expert.name, gate, shapes)
+        for site, vector in gate.items():
+            if not torch.isfinite(vector).all():
+                raise GliderError(f"the gate of expert {expert.name!r} is not finite at {site}; train it again")
+
+
+def _check_finite(expert: Expert, weights: dict[str, SiteLora]) -> None:
+    for site, lora in weights.items():
+        for half, tensor in (("A", lora.A), ("B", lora.B)):
+            # A sum is finite only if every term is; the exact check follows where the sum overflows.
+            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+                raise GliderError(
+                    f"expert {expert.name!r} has values in lora_{half} at {site} that are not finite"
+                )

@@ -1,0 +1,119 @@
+"""The command line itself: how words are sorted, and with which code a process ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from small_jobs import HELD_IN, command, finish, program, settings, snapshot, start, write_tasks
+
+from glider_dist import cli
+from glider_dist.cli import COMMANDS, Command, main, parse
+from glider_dist.errors import GliderError
+from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
+
+
+def test_words_are_sorted_into_command_file_settings_and_text() -> None:
+    found = parse(["predict", "job.yaml", "Say this. Input: a=b", "seed=3", "pool=some folder"])
+    assert found.command == "predict"
+    assert found.file == Path("job.yaml")
+    assert found.overrides == ["seed=3", "pool=some folder"]
+    assert found.text == "Say this. Input: a=b"
+
+
+def test_a_setting_may_name_a_yaml_file() -> None:
+    found = parse(["evaluate", "base=odd.yaml"])
+    assert (found.file, found.overrides) == (None, ["base=odd.yaml"])
+
+
+@pytest.mark.parametrize("word", ["--local_rank=1", "--local-rank=1"])
+def test_what_a_launcher_adds_is_ignored(word: str) -> None:
+    found = parse([word, "evaluate", "seed=3"])
+    assert (found.command, found.overrides) == ("evaluate", ["seed=3"])
+
+
+@pytest.mark.parametrize("words", [["--ranks", "3"], ["--ranks=3"]])
+def test_flags_take_their_value_in_either_form(words: list[str]) -> None:
+    found = parse(["quickstart", *words, "--fresh"])
+    assert (found.ranks, found.fresh, found.help) == (3, True, False)
+
+
+@pytest.mark.parametrize("words", [["--ranks"], ["--ranks=0"], ["--ranks", "-1"], ["--rank=2"], ["-x"]])
+def test_a_wrong_flag_is_refused(words: list[str]) -> None:
+    with pytest.raises(GliderError, match=r"--ranks|unknown flag"):
+        parse(["quickstart", *words])
+
+
+def test_two_texts_are_refused() -> None:
+    with pytest.raises(GliderError, match="'another text'"):
+        parse(["predict", "one text", "another text"])
+
+
+def test_without_a_command_the_usage_is_printed_and_the_code_is_2() -> None:
+    outcome = command()
+    assert outcome.code == 2
+    assert outcome.out.startswith("usage: glider-dist COMMAND")
+
+
+def test_an_interruption_ends_with_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_main", interrupted)
+    assert main([]) == 130
+
+
+def test_an_error_that_is_not_the_users_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMANDS, "evaluate", Command("no_such_module:run", "broken on purpose"))
+    with pytest.raises(ModuleNotFoundError):
+        command("evaluate")
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_every_command_names_a_function_that_exists(stage: str) -> None:
+    module, _, function = COMMANDS[stage].target.partition(":")
+    __import__(module)
+    assert callable(getattr(sys.modules[module], function))
+
+
+def test_starting_over_deletes_nothing_but_a_run_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    before = snapshot(tmp_path)
+    outcome = command("quickstart", "--fresh", "run_dir=thesis")
+    assert outcome.code == 2
+    assert "thesis, which does not look like a run directory" in outcome.errors[0]
+    assert snapshot(tmp_path) == before
+
+
+def test_starting_over_does_not_reach_a_pool_elsewhere_before_a_mistake_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    random_pool(tmp_path / "run" / "pool", tiny_causal(), experts=1)
+    before = snapshot(tmp_path)
+    assert command("quickstart", "--fresh", "run_dir=run", "sed=1").code == 2
+    assert snapshot(tmp_path) == before
+
+
+def test_a_process_prints_the_answer_to_stdout_or_one_sentence_to_stderr(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", tiny_causal())
+    random_pool(tmp_path / "pool", tiny_causal(), experts=HELD_IN)
+    write_tasks(tmp_path / "tasks")
+    text = "Repeat the words. Input: sun river"
+    arguments = ["predict", text, *settings(tmp_path, base=base, router__kind="phatgoose")]
+    right = finish(start([sys.executable, "-m", "glider_dist", *arguments], tmp_path))
+    assert right.code == 0, right.err
+    lines = right.out.splitlines()
+    assert lines[0] == f"query:  {text}"
+    assert lines[1].startswith("answer: ")
+    assert any(line.startswith(f"  {name}: ") for line in lines[2:] for name in HELD_IN)
+    wrong = finish(start([program("glider-dist"), *arguments, "router.kind=oracle"], tmp_path))
+    assert wrong.code == 2
+    assert len(wrong.errors) == 1
+    assert "Traceback" not in wrong.err
+    assert wrong.out == ""
