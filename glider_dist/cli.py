@@ -58,6 +58,9 @@ COMMANDS = {
         "measure: `bench evaluate` times routers against the base",
         takes_text=True,
     ),
+    "average-activations": Command(
+        f"{_EVALUATION}.activations:run", "mean inputs of each expert, for router.kind=average_activation"
+    ),
     "predict": Command(
         f"{_EVALUATION}.predict:run", "answer a text and show which experts served it", takes_text=True
     ),

@@ -6,6 +6,8 @@ one pool, with the base loaded once per rank. Every stage does only what is miss
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -25,6 +27,8 @@ from glider_dist.evaluation import calibrate, evaluate
 from glider_dist.evaluation.predict import predict, show
 from glider_dist.evaluation.queries import make_queries
 from glider_dist.job import Job
+from glider_dist.parallel.ranks import ALONE
+from glider_dist.pool.files import read_json, write_json
 from glider_dist.semantics import describe, index
 from glider_dist.settings import read_config
 from glider_dist.tasks.procedural import QUICKSTART_HELD_IN, QUICKSTART_HELD_OUT
@@ -32,6 +36,7 @@ from glider_dist.training.experts import train_experts, train_gates
 
 log = logging.getLogger(__name__)
 
+FINISHED = "quickstart.json"
 DEFAULTS: dict[str, Any] = {
     "run_dir": "quickstart",
     "tasks.held_in": list(QUICKSTART_HELD_IN),
@@ -63,12 +68,17 @@ def run(arguments: Arguments) -> int:
         return 0
     if arguments.fresh:
         _remove(Path(str(cfg.run_dir)))
+    elif done := _finished(cfg, arguments.text or ""):
+        print(f"{done}\n\nEverything was done already; --fresh starts over.")
+        return 0
     return _launch(arguments, cfg)
 
 
 def stages(job: Job, text: str = "") -> None:
     """Every stage in order, the table, and one answered query."""
     started = time.perf_counter()
+    asked = text
+    results: Any = None
     for name, stage in (
         ("train-experts", train_experts),
         ("train-gates", train_gates),
@@ -78,7 +88,7 @@ def stages(job: Job, text: str = "") -> None:
         ("evaluate", evaluate.run),
     ):
         before = time.perf_counter()
-        stage(job)
+        results = stage(job)
         if job.ranks.is_main:
             log.info("%s took %.0f s", name, time.perf_counter() - before)
     if not text:
@@ -90,6 +100,25 @@ def stages(job: Job, text: str = "") -> None:
         print(f"\n{show(text, prediction)}\n\nAll stages took {minutes:.1f} minutes. Ask your own:", flush=True)
         command = f"glider-dist predict 'INSTRUCTION Input: TEXT' pool={job.pool_path}"
         print(f"  {command}\nRun again: nothing is done twice. --fresh starts over.", flush=True)
+        report = evaluate.report(job, results)
+        write_json(
+            job.run_dir / FINISHED, {"key": _key(job, asked), "text": f"{report}\n{show(text, prediction)}"}
+        )
+
+
+def _key(job: Job, text: str) -> str:
+    """Everything the printed result depends on."""
+    parts = [evaluate.rows_key(job, job.open_pool(check_base=False)), job.cfg.evaluate.routers, text]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _finished(cfg: Config, text: str) -> str | None:
+    """What an earlier run printed, if nothing that it depends on has changed since."""
+    record = Path(str(cfg.run_dir)) / FINISHED
+    if not record.exists() or not (Path(str(cfg.pool)) / "pool.json").exists():
+        return None
+    stored = read_json(record)
+    return str(stored["text"]) if stored["key"] == _key(Job(cfg, "quickstart", ALONE), text) else None
 
 
 def _remove(run_dir: Path) -> None:

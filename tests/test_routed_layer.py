@@ -1065,12 +1065,12 @@ def test_a_training_step_with_recomputed_activations_equals_one_without(name, ga
             nll = Runner(frozen, collator, leaves).train(collator.batch(encoded), 10)
         results.append((nll, [leaf.grad for leaf in leaves]))
     (nll, grads), (other_nll, other_grads) = results
-    assert nll == other_nll
+    assert nll == pytest.approx(other_nll, rel=1e-5)
     assert sum(grad is not None and bool(grad.any()) for grad in grads) > len(grads) * 0.8
     for grad, other in zip(grads, other_grads, strict=True):
         assert (grad is None) == (other is None)
         if grad is not None and other is not None:
-            assert torch.allclose(grad, other, rtol=1e-5, atol=1e-8)
+            assert error(other, grad.double()) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

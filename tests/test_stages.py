@@ -101,7 +101,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Job:
     job = new_job(tmp_path_factory.mktemp("together"), base)
     started = time.monotonic()
-    outcome = launch(job.folder, 2, job.all_stages(tracking="offline"))
+    with cores(2):
+        process = start([program("glider-dist"), *job.all_stages(tracking="offline"), "--ranks", "2"], job.folder)
+    outcome = finish(process)
     assert outcome.code == 0, outcome.err
     job.printed["quickstart"] = outcome
     job.printed["seconds"] = Outcome(0, str(time.monotonic() - started), "")
@@ -208,9 +210,7 @@ def test_experts_differ_from_each_other_and_have_moved(apart: Job) -> None:
 
 def test_a_second_run_on_two_ranks_changes_nothing_and_says_so(together: Job) -> None:
     before = {**snapshot(together.pool), **snapshot(together.run_dir / "rows")}
-    with cores(2):
-        process = start([program("glider-dist"), *together.all_stages(), "--ranks", "2"], together.folder)
-    outcome = finish(process)
+    outcome = launch(together.folder, 2, together.all_stages())
     assert outcome.code == 0, outcome.err
     assert {**snapshot(together.pool), **snapshot(together.run_dir / "rows")} == before
     assert "0 of 3 experts to train" in outcome.err
@@ -218,6 +218,18 @@ def test_a_second_run_on_two_ranks_changes_nothing_and_says_so(together: Job) ->
     assert answer_lines(outcome) == answer_lines(together.printed["quickstart"])
     first, second = (text.out.split("All stages took")[0] for text in (together.printed["quickstart"], outcome))
     assert second[second.index("router ") :] == first[first.index("router ") :]
+
+
+def test_a_finished_quickstart_is_shown_again_without_starting_any_rank(together: Job) -> None:
+    before = snapshot(together.folder)
+    outcome = command(*together.all_stages(), "--ranks", "2")
+    assert outcome.code == 0, outcome.err
+    assert "starting 2 ranks" not in outcome.err
+    assert answer_lines(outcome) == answer_lines(together.printed["quickstart"])
+    first = together.printed["quickstart"].out
+    assert first[first.index("router ") : first.index("Run directory")] in outcome.out
+    after = snapshot(together.folder)
+    assert {**after, "job.yaml": None} == {**before, "job.yaml": None}
 
 
 def test_a_stage_with_nothing_to_do_does_not_even_load_the_base(apart: Job) -> None:

@@ -23,7 +23,7 @@ import torch
 from glider_dist.errors import GliderError
 from glider_dist.evaluation.evaluate import calibration_of
 from glider_dist.evaluation.queries import QueryRunner, make_queries, queries_digest
-from glider_dist.evaluation.routers import router_scope
+from glider_dist.evaluation.routers import router_scope, router_settings
 from glider_dist.job import Job
 from glider_dist.model.attach import attach_pool, detach, set_router
 from glider_dist.pool.files import write_json
@@ -50,7 +50,7 @@ def run(job: Job) -> None:
         "index": hashlib.sha256(index.read_bytes()).hexdigest(),
         "settings": dataclasses.asdict(cfg.calibrate),
         "queries": queries_digest(tasks, "validation", cfg.calibrate.queries),
-        "router": [cfg.router.top_k, cfg.router.top_p],
+        "router": router_settings(dataclasses.replace(cfg.router, **_UNSET)),
     }
     key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     if calibration_of(pool).get("key") == key:
@@ -99,6 +99,9 @@ def run(job: Job) -> None:
         job.run.log({f"calibrate/{name}": value for name, value in chosen.items()})
         log.info("calibrated on %d queries: %s", len(queries), chosen)
     job.ranks.barrier()
+
+
+_UNSET: dict[str, Any] = {"alpha_in": None, "alpha_out": None, "threshold": None}
 
 
 def _fixed(alpha: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from glider_dist.job import Job
 from glider_dist.model.attach import attach_pool, detach
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json, write_json
-from glider_dist.routing.strategies import STRATEGIES, check_router
+from glider_dist.routing.strategies import check_router, strategy_of
 from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.index import FILE, GlobalRouter
 from glider_dist.tracking.progress import progress
@@ -43,7 +43,7 @@ def run(job: Job) -> list[RouterResult]:
     lacking = [task.name for task in job.tasks.held_in if task.name not in pool]
     if lacking:
         raise GliderError(f"pool {pool.path} has no expert for the held-in task {lacking[0]!r}; run train-experts")
-    key = _digest(job, pool)
+    key = rows_key(job, pool)
     rows = job.run_dir / "rows"
     todo = [kind for kind in cfg.evaluate.routers if _stored(rows / f"{kind}.json", key) is None]
     if todo:
@@ -53,7 +53,6 @@ def run(job: Job) -> list[RouterResult]:
     job.ranks.barrier()
     stored = [_stored(rows / f"{kind}.json", key) for kind in cfg.evaluate.routers]
     results = [row[0] for row in stored if row is not None]
-    table = summary_table(results, cfg.evaluate.bootstrap, cfg.seed)
     if job.ranks.is_main:
         routing = {row[0].router: row[1] for row in stored if row is not None}
         extra = {
@@ -64,13 +63,20 @@ def run(job: Job) -> list[RouterResult]:
         }
         write_reports(job.run_dir, results, extra, cfg.evaluate.bootstrap, cfg.seed)
         _track(job, results)
-        print(f"\n{task_table(results)}\n{table}Run directory: {job.run_dir}", flush=True)
+        print(f"\n{report(job, results)}", flush=True)
     return results
 
 
+def report(job: Job, results: list[RouterResult]) -> str:
+    """Scores per task, the table of routers, and where the run is."""
+    table = summary_table(results, job.cfg.evaluate.bootstrap, job.cfg.seed)
+    return f"{task_table(results)}\n{table}Run directory: {job.run_dir}"
+
+
 def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str], rows: Path, key: str) -> None:
-    needs_index = any(STRATEGIES[kind].uses_global for kind in todo)
-    needs_gates = any(STRATEGIES[kind].local == "gate" for kind in todo)
+    strategies = [strategy_of(dataclasses.replace(job.cfg.router, kind=kind)) for kind in todo]
+    needs_index = any(strategy.uses_global for strategy in strategies)
+    needs_gates = any(strategy.local == "gate" for strategy in strategies)
     router = GlobalRouter(pool, Embedder(job.cfg.embedder)) if needs_index else None
     first = dataclasses.replace(job.cfg.router, kind="phatgoose" if needs_gates else "base")
     model = attach_pool(job.frozen.model, pool, first)
@@ -91,7 +97,7 @@ def calibration_of(pool: ExpertPool) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _digest(job: Job, pool: ExpertPool) -> str:
+def rows_key(job: Job, pool: ExpertPool) -> str:
     """Everything the answers depend on: experts, gates, index, calibration, queries and settings."""
     cfg = job.cfg
     index = pool.router_dir / FILE

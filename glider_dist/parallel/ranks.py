@@ -93,6 +93,10 @@ class Ranks:
             dist.destroy_process_group()
 
 
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"), None)
+"""A single process that computes nothing."""
+
+
 def _environment() -> tuple[int, int, int, int]:
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
