@@ -21,23 +21,23 @@ from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.index import GlobalRouter
 
 REPEATS = 3
-ROUTERS = ("base", "phatgoose", "glider", "arrow", "merged")
 
 
 def run(job: Job, what: str = "evaluate") -> None:
-    """Print seconds per query of each router and the ratio of medians to the base alone."""
+    """Print seconds per query of ``evaluate.routers`` (less the oracle) and their ratios to the base alone."""
     if what != "evaluate":
         raise GliderError(f"bench knows evaluate, not {what!r}")
     pool, cfg = job.open_pool(), job.cfg
+    routers = ["base", *(kind for kind in cfg.evaluate.routers if kind not in ("base", "oracle"))]
     queries = make_queries(job.tasks.all, "test", cfg.evaluate.queries, job.collator, pool.names)
     mine = queries[job.ranks.rank :: job.ranks.world]
     similarity = GlobalRouter(pool, Embedder(cfg.embedder)).similarity([query.instruction for query in mine])
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
     model = attach_pool(job.frozen.model, pool, dataclasses.replace(cfg.router, kind="phatgoose"))
-    seconds: dict[str, list[float]] = {kind: [] for kind in ROUTERS}
+    seconds: dict[str, list[float]] = {kind: [] for kind in routers}
     try:
         for repeat in range(-1, REPEATS):
-            for kind in ROUTERS:
+            for kind in routers:
                 set_router(model, dataclasses.replace(cfg.router, kind=kind), pool)
                 scope = router_scope(model, kind, similarity, None) if STRATEGIES[kind].uses_global else no_scope
                 # The round before the first warms up, on a few queries.
