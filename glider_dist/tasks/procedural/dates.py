@@ -1,4 +1,4 @@
-"""Examples about dates, years, months, weekdays and the clock.
+"""Examples about dates, years, months and weekdays.
 
 Every function draws an input and its answer.
 """
@@ -15,18 +15,6 @@ from glider_dist.tasks.procedural.vocabulary import ACTIVITIES, NAMES, OBJECTS, 
 # Not calendar.month_name and day_name: these follow the locale.
 _MONTHS = listed("January February March April May June July August September October November December")
 _WEEKDAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-_EVENTS = (
-    "The train leaves at",
-    "The shop closes at",
-    "The film starts at",
-    "We have lunch at",
-    "The bus arrives at",
-    "Our call is at",
-    "The alarm rings at",
-    "The lesson ends at",
-    "The guests come at",
-    "The museum opens at",
-)
 
 
 def _date(style: str, rng: random.Random) -> tuple[str, str]:
@@ -50,13 +38,6 @@ def _next(preposition: str, cycle: tuple[str, ...], rng: random.Random) -> tuple
     return f"{_plan(rng)} {preposition} {cycle[now]}", cycle[(now + 1) % len(cycle)]
 
 
-def _clock(hours: int, rng: random.Random) -> tuple[str, str]:
-    hour, minute, event = rng.randrange(24), rng.randrange(60), rng.choice(_EVENTS)
-    of_24 = f"{hour:02d}:{minute:02d}"
-    of_12 = f"{(hour - 1) % 12 + 1}:{minute:02d} {'am' if hour < 12 else 'pm'}"
-    return (f"{event} {of_24}", of_12) if hours == 12 else (f"{event} {of_12}", of_24)
-
-
 def _year_in_text(rng: random.Random) -> tuple[str, str]:
     year, count = rng.randint(1700, 2029), rng.randint(2, 99)
     name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
@@ -75,7 +56,5 @@ DRAWS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "month_number": _month_number,
     "next_weekday": partial(_next, "on", _WEEKDAYS),
     "next_month": partial(_next, "in", _MONTHS),
-    "clock_12_hours": partial(_clock, 12),
-    "clock_24_hours": partial(_clock, 24),
     "year_in_text": _year_in_text,
 }
