@@ -133,8 +133,10 @@ def compare(attached: Attached, together: Any, alone: Any, row: int) -> int:
     return len(ids)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "router"),
+    [*((name, router) for name in ("llama", "t5") for router in ROUTERS), ("qwen", "glider"), ("bert", "glider")],
+)
 def test_greedy_answers_of_a_padded_mixed_batch_equal_each_query_alone(name, router, way, loaded):
     attached = loaded(name)
     gd.set_router(attached.model, ROUTERS[router])
@@ -154,9 +156,9 @@ def test_greedy_answers_of_a_padded_mixed_batch_equal_each_query_alone(name, rou
         assert not torch.allclose(own, others, atol=1e-2)
 
 
-@pytest.mark.parametrize("router", ["glider", "topp", "oracle"])
+@pytest.mark.parametrize("router", ["glider", "oracle"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_cache_changes_nothing(name, router, way, loaded):
+def test_a_cache_changes_nothing(name, router, loaded):
     attached = loaded(name)
     gd.set_router(attached.model, ROUTERS[router])
     everyone = range(len(PROMPTS))
@@ -171,13 +173,13 @@ def test_a_cache_changes_nothing(name, router, way, loaded):
 
 @pytest.mark.parametrize("router", ["glider", "oracle"])
 @pytest.mark.parametrize("name", MODELS)
-def test_beams_of_a_mixed_batch_equal_each_query_alone(name, router, way, loaded):
+def test_beams_of_a_mixed_batch_equal_each_query_alone(name, router, loaded):
     attached = loaded(name)
     gd.set_router(attached.model, ROUTERS[router])
     settings = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True, "output_logits": False}
     together = generate(attached, range(len(PROMPTS)), steps=6, **settings)
     width = together.sequences.shape[1] - (1 if attached.collator.seq2seq else 0)
-    for i in range(len(PROMPTS)):
+    for i in (0, 1, 4):
         alone = generate(attached, [i], steps=6, **settings)
         ours = together.sequences_scores[2 * i : 2 * i + 2]
         assert torch.allclose(ours, alone.sequences_scores, rtol=1e-4, atol=1e-5)
@@ -212,7 +214,7 @@ def test_generation_counts_real_tokens_and_cross_attention_counts_the_encoders(n
 
 @pytest.mark.parametrize("router", ["glider", "oracle"])
 @pytest.mark.parametrize("name", MODELS)
-def test_nll_of_a_batch_equals_the_models_own_loss_of_each_query(name, router, way, loaded):
+def test_nll_of_a_batch_equals_the_models_own_loss_of_each_query(name, router, loaded):
     attached = loaded(name)
     gd.set_router(attached.model, ROUTERS[router])
     targets = [" blue as ever", " 4", " hi", " a much longer answer", ""]
@@ -234,7 +236,7 @@ def test_nll_of_a_batch_equals_the_models_own_loss_of_each_query(name, router, w
 
 @pytest.mark.parametrize("router", ["glider", "oracle"])
 @pytest.mark.parametrize("name", MODELS)
-def test_answers_are_those_of_each_query_alone_in_the_order_asked(name, router, way, loaded):
+def test_answers_are_those_of_each_query_alone_in_the_order_asked(name, router, loaded):
     attached = loaded(name)
     gd.set_router(attached.model, ROUTERS[router])
     everyone = range(len(PROMPTS))
@@ -288,10 +290,9 @@ def separate_score(attached: Attached, prompt: tuple[int, ...], choice: str, sco
     return -float(F.cross_entropy(logits, torch.tensor(target)))
 
 
-@pytest.mark.parametrize("batch_size", [1, 6, 100])
-@pytest.mark.parametrize("router", ["glider", "oracle"])
+@pytest.mark.parametrize(("router", "batch_size"), [("glider", 6), ("glider", 100), ("oracle", 1)])
 @pytest.mark.parametrize("name", MODELS)
-def test_rank_choices_agrees_with_scoring_every_pair_separately(name, router, batch_size, way, loaded):
+def test_rank_choices_agrees_with_scoring_every_pair_separately(name, router, batch_size, loaded):
     attached = loaded(name)
     gd.set_router(attached.model, ROUTERS[router])
     queries = [query(attached.collator, i, choices) for i, choices in enumerate(CHOICES)]

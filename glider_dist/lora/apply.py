@@ -52,6 +52,27 @@ def plan_rows(route: Route, num_experts: int) -> Plan:
     return Plan(order // top_k, weight_R[order], expert_R, ends_E, counts_E)
 
 
+def pad_groups(plan: Plan, multiple: int = 64) -> Plan:
+    """Lengthen each expert's rows to a multiple, with rows of weight 0 on token 0 that add nothing.
+
+    For CPUs only: oneDNN compiles a kernel for every new number of rows, which takes longer than the product
+    itself, and group sizes are new at each layer. Rounded sizes recur. Costs a host sync on a GPU.
+    """
+    padded_E = (plan.counts + multiple - 1) // multiple * multiple
+    ends_E = padded_E.cumsum(0)
+    shift_E = (ends_E - padded_E) - (plan.counts.cumsum(0) - plan.counts)
+    slot_R = torch.arange(plan.token.shape[0], device=plan.token.device) + shift_E[plan.expert]
+    rows = int(ends_E[-1])
+    experts = torch.arange(len(padded_E), device=plan.token.device)
+    return Plan(
+        plan.token.new_zeros(rows).index_copy(0, slot_R, plan.token),
+        plan.weight.new_zeros(rows).index_copy(0, slot_R, plan.weight),
+        experts.repeat_interleave(padded_E, output_size=rows),
+        ends_E.to(torch.int32),
+        plan.counts,
+    )
+
+
 def add_experts(
     y_To: torch.Tensor, x_Td: torch.Tensor, bank: SiteBank, plan: Plan, tokens: torch.Tensor | None
 ) -> torch.Tensor:

@@ -13,6 +13,7 @@ from glider_dist.lora.apply import (
     add_single_expert,
     count_rows,
     is_small,
+    pad_groups,
     plan_rows,
 )
 from glider_dist.model.context import RoutingContext
@@ -54,4 +55,6 @@ class RoutedLinear(nn.Module):
             return add_all_experts(y_To, x_Td, bank, route, tokens.keep).view_as(y)
         plan = plan_rows(route, bank.num_experts)
         context.count(self.site, plan.counts)
+        if x.device.type == "cpu":
+            plan = pad_groups(plan)
         return add_experts(y_To, x_Td, bank, plan, tokens.keep).view_as(y)
