@@ -18,7 +18,7 @@ from glider_dist.model.attach import context_of
 from glider_dist.model.base import BaseModel, load_base
 from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.engine import FrozenBase
-from glider_dist.parallel.ranks import start_ranks
+from glider_dist.parallel.ranks import Ranks
 from glider_dist.tasks.prompt import answer
 from glider_dist.tasks.task import Example, Task
 from glider_dist.testing import (
@@ -31,6 +31,7 @@ from glider_dist.testing import (
 )
 
 NEVER = float("-inf")
+ALONE = Ranks(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"), control=None)
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": tiny_causal,
     "qwen": tiny_qwen,
@@ -90,7 +91,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Attached
             base = load_base(str(save_tiny_base(folder / "base", MODELS[name]())), "float32", "cpu")
             pool = random_pool(folder / "pool", base.model, ranks=[1, 4, 8, 3, 5])
             gd.attach_pool(base.model, pool, ROUTERS["glider"])
-            frozen = FrozenBase(base, start_ranks("cpu"), zero_stage=0)
+            frozen = FrozenBase(base, ALONE, zero_stage=0)
             made[name] = Attached(base, QueryRunner(frozen, Collator(base, 256), 3))
         return made[name]
 

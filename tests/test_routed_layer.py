@@ -36,7 +36,7 @@ from glider_dist.model.batch import Collator
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.routed import RoutedLinear
 from glider_dist.model.sites import linear_sites
-from glider_dist.parallel.ranks import start_ranks
+from glider_dist.parallel.ranks import Ranks
 from glider_dist.pool import SiteLora
 from glider_dist.routing.route import Route, top_k_route, top_p_route
 from glider_dist.testing import (
@@ -51,6 +51,7 @@ from glider_dist.training.experts import _installed
 from glider_dist.training.fit import Runner
 
 NEVER = float("-inf")
+ALONE = Ranks(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"), control=None)
 SMALL = {"layers": 2, "ffn_dim": 80, "attention_heads": 4}
 
 
@@ -1051,7 +1052,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_counts_nothing_twice(nam
 def test_a_training_step_with_recomputed_activations_equals_one_without(name, gated, tmp_path):
     base = load_base(str(save_tiny_base(tmp_path / "base", MODELS[name]())), "float32", "cpu")
     pool = random_pool(tmp_path / "pool", base.model, experts=1)
-    frozen, collator = FrozenBase(base, start_ranks("cpu"), 0), Collator(base, 64)
+    frozen, collator = FrozenBase(base, ALONE, 0), Collator(base, 64)
     encoded = [collator.encode("Input: a b c\nOutput:", " x"), collator.encode("Input: d\nOutput:", " long one")]
     results = []
     for checkpointing in (False, True):

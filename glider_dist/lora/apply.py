@@ -45,10 +45,10 @@ def plan_rows(route: Route, num_experts: int) -> Plan:
     else:
         order = ids_R.argsort(stable=True)
     expert_R = ids_R[order]
-    # bincount would cost a hidden host sync on a GPU.
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=ids_R.device)
-    counts_E.scatter_add_(0, expert_R, torch.ones_like(expert_R))
-    ends_E = counts_E.cumsum(0).to(torch.int32)
+    # The rows are sorted, so a search finds where each expert's end: no counting pass, no host sync.
+    ends_E = torch.searchsorted(expert_R, torch.arange(num_experts, device=ids_R.device), right=True)
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    ends_E = ends_E.to(torch.int32)
     return Plan(order // top_k, weight_R[order], expert_R, ends_E, counts_E)
 
 
