@@ -37,7 +37,7 @@ class Job:
         self.stage = stage
         self.ranks = ranks
         self.run_dir = Path(cfg.run_dir or f"runs/{stage}")
-        ranks.check_agreement("configuration", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+        ranks.check_agreement("configuration", f"{stage}\n{OmegaConf.to_yaml(OmegaConf.structured(cfg))}")
 
     @cached_property
     def tasks(self) -> TaskSuite:

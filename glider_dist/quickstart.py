@@ -60,6 +60,9 @@ def run(arguments: Arguments) -> int:
     launched = "RANK" in os.environ
     # A configuration file means what it says under every command; the quick settings are for the quick tasks.
     defaults = DEFAULTS if arguments.file is None else {"run_dir": DEFAULTS["run_dir"]}
+    if any(item.startswith("tasks.source=") for item in arguments.overrides):
+        # Other tasks have other names.
+        defaults = {**defaults, "tasks.held_in": [], "tasks.held_out": []}
     cfg = read_config(arguments.file, arguments.overrides, defaults)
     if cfg.pool is None:
         cfg.pool = str(Path(str(cfg.run_dir)) / "pool")

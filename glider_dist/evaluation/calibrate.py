@@ -49,7 +49,7 @@ def run(job: Job) -> None:
         "files": {expert.name: expert.card().get("files", {}) for expert in pool.experts()},
         "index": hashlib.sha256(index.read_bytes()).hexdigest(),
         "settings": dataclasses.asdict(cfg.calibrate),
-        "queries": queries_digest(tasks, "validation", cfg.calibrate.queries),
+        "queries": [queries_digest(tasks, "validation", cfg.calibrate.queries), cfg.tasks.max_length],
         "router": router_settings(dataclasses.replace(cfg.router, **_UNSET)),
     }
     key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
