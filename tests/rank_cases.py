@@ -106,7 +106,8 @@ def run_case(case: Case, strategy: str, expert_parallel: int) -> tuple[float, Tr
     for r, d, o in case.shapes:
         scale = torch.rand(case.experts, generator=generator) + 0.5
         eligible = torch.ones(case.experts, dtype=torch.bool)
-        whole.append(SiteBank(leaf(case.experts, r, d) / d**0.5, leaf(case.experts, r, o) / r**0.5, scale, eligible))
+        a, b = leaf(case.experts, r, d) / d**0.5, leaf(case.experts, r, o) / r**0.5
+        whole.append(SiteBank(a, b, scale, eligible))
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
     inputs = []
     for rank in range(mesh.expert_parallel * mesh.data_parallel):
@@ -169,7 +170,8 @@ def _error(ours: torch.Tensor, formula: torch.Tensor) -> float:
     assert ours.shape == formula.shape
     if not formula.numel():
         return 0.0
-    return float((ours.detach().double() - formula.detach().double()).abs().max() / formula.detach().double().abs().max().clamp_min(1e-3))
+    ours, formula = ours.detach().double(), formula.detach().double()
+    return float((ours - formula).abs().max() / formula.abs().max().clamp_min(1e-3))
 
 
 def run_cases(cases: list[tuple[Case, str]], expert_parallel: int) -> list[tuple[float, Traffic, int]]:

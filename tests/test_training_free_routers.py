@@ -21,7 +21,8 @@ from glider_dist.lora.bank import SiteBank, stack_site
 from glider_dist.lora.lag import delta_norms, norm_factors
 from glider_dist.lora.merge import merge_banks
 from glider_dist.model.activations import average_activations
-from glider_dist.model.attach import context_of, install, load_banks
+from glider_dist.model.attach import context_of, install
+from glider_dist.model.loading import load_banks
 from glider_dist.model.stored import ACTIVATION_FILE, write_activations
 from glider_dist.pool import SiteLora
 from glider_dist.pool.adapter import WEIGHTS_FILE

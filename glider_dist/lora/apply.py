@@ -62,9 +62,9 @@ def plan_rows(route: Route, num_experts: int, rows: int | None = None) -> Plan:
 def for_cpu(plan: Plan, bank: SiteBank, dtype: torch.dtype) -> tuple[Plan, SiteBank]:
     """The same rows and experts in the form in which a CPU computes them fastest.
 
-    Every group costs about 1 µs there even without rows: if there are far more experts than rows, those without rows
-    are left out. In half precision oneDNN compiles a kernel for every new number of rows, which takes longer than
-    the product itself: group sizes are rounded up, so that they recur.
+    Every group costs about 1 µs there even without rows: if experts far outnumber the rows, those without rows are
+    left out. In half precision oneDNN compiles a kernel for every new number of rows, which takes longer than the
+    product itself: group sizes are rounded up, so that they recur.
     """
     experts, rows = bank.num_experts, plan.token.shape[0]
     if rows < experts // 2:

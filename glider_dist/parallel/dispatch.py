@@ -29,7 +29,7 @@ from glider_dist.parallel.tokens import Sizes, tokens_to_experts
 from glider_dist.parallel.weights import ExpertCache, Pair, fetch_experts, plan_fetch
 from glider_dist.routing.route import Route
 
-STRATEGIES = ("auto", "local", "all_to_all", "gather")
+DISPATCHES = ("auto", "local", "all_to_all", "gather")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Dispatch:
         cache_bytes: int = 1 << 30,
     ):
         if strategy not in ("auto", "all_to_all", "gather"):
-            raise GliderError(f"dispatch={strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}")
+            raise GliderError(f"dispatch={strategy!r} is unknown; choose one of {', '.join(DISPATCHES)}")
         if placement.ranks != mesh.expert_parallel or mesh.expert_group is None:
             raise GliderError(f"the placement is for {placement.ranks} ranks, but the mesh has {mesh}")
         self.mesh = mesh
@@ -136,8 +136,8 @@ class Dispatch:
     ) -> tuple[torch.Tensor, dict[str, SiteBank]]:
         """Fetch some frozen experts for all sites, so that whole forwards need no exchange.
 
-        One control exchange and host sync, then one collective for every 256 MiB or so of experts. All ranks of the
-        group call it at the same time; they may want other experts, or none.
+        One control exchange and host sync, then one collective for every 256 MiB or so of experts. All ranks of
+        the group call it at the same time; they may want other experts, or none.
 
         Args:
             wanted_E: ``[E]`` bool, experts that this rank's next forwards may use.

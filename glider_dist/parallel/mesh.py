@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from glider_dist.errors import GliderError
+from glider_dist.parallel.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,22 @@ def init_mesh(expert_parallel: int = 1) -> Mesh | None:
     made = {ranks: dist.new_group(list(ranks)) for ranks in [*groups, *replicas] if len(ranks) > 1}
     own, same = groups[rank // expert_parallel], replicas[rank % expert_parallel]
     return Mesh(expert_parallel, len(groups), rank, own, same, made.get(own), made.get(same))
+
+
+def gather_rows(own: dict[str, torch.Tensor], mesh: Mesh, placement: Placement) -> dict[str, torch.Tensor]:
+    """From ``{site: [e, d]}`` of each rank's own experts to ``{site: [E, d]}`` of all, in order of their ids."""
+    if mesh.expert_group is None:
+        return own
+    most = max(len(placement.owned(rank)) for rank in range(placement.ranks))
+    order = torch.tensor(
+        [owner * most + slot for owner, slot in zip(placement.owner, placement.slot, strict=True)],
+        dtype=torch.int64,
+    )
+    found = {}
+    for site, rows in own.items():
+        padded = rows.new_zeros(most, rows.shape[1])
+        padded[: len(rows)] = rows
+        everyone = [torch.empty_like(padded) for _ in range(placement.ranks)]
+        dist.all_gather(everyone, padded, group=mesh.expert_group)
+        found[site] = torch.cat(everyone)[order.to(rows.device)]
+    return found
