@@ -54,9 +54,9 @@ COMMANDS = {
     ),
     "evaluate": Command(f"{_EVALUATION}.evaluate:run", "score the routers on test queries and print the table"),
     "bench": Command(
-        "glider_dist.bench.evaluation:run",
-        "measure: `bench evaluate` times routers against the base",
-        takes_text=True,
+        "glider_dist.bench.command:run",
+        "measure: a routed layer, an exchange between ranks, an evaluation",
+        own_usage=True,
     ),
     "average-activations": Command(
         f"{_EVALUATION}.activations:run", "mean inputs of each expert, for router.kind=average_activation"
@@ -153,8 +153,12 @@ def _main(argv: list[str]) -> int:
         raise GliderError(f"unknown command {arguments.command!r}; the commands are {', '.join(COMMANDS)}")
     if arguments.text is not None and not command.takes_text and not command.own_usage:
         raise GliderError(f"{arguments.text!r} is neither a configuration file nor key=value")
-    if not command.launches and (arguments.fresh or arguments.ranks):
-        raise GliderError(f"--ranks and --fresh belong to quickstart; start {arguments.command} with a launcher")
+    if (arguments.fresh and not command.launches) or (
+        arguments.ranks and not command.launches and arguments.command != "bench"
+    ):
+        raise GliderError(
+            f"--ranks and --fresh belong to quickstart (and bench); start {arguments.command} with a launcher"
+        )
     if arguments.dry_run and not command.own_usage:
         raise GliderError("--dry-run belongs to pool import")
     _set_up_logging()

@@ -10,7 +10,6 @@ import dataclasses
 import statistics
 import time
 
-from glider_dist.errors import GliderError
 from glider_dist.evaluation.queries import QueryRunner, make_queries, no_scope
 from glider_dist.evaluation.routers import router_scope
 from glider_dist.job import Job
@@ -23,10 +22,8 @@ from glider_dist.semantics.index import GlobalRouter
 REPEATS = 3
 
 
-def run(job: Job, what: str = "evaluate") -> None:
+def run(job: Job) -> None:
     """Print seconds per query of ``evaluate.routers`` (less the oracle) and their ratios to the base alone."""
-    if what != "evaluate":
-        raise GliderError(f"bench knows evaluate, not {what!r}")
     pool, cfg = job.open_pool(), job.cfg
     routers = ["base", *(kind for kind in cfg.evaluate.routers if kind not in ("base", "oracle"))]
     queries = make_queries(job.tasks.all, "test", cfg.evaluate.queries, job.collator, pool.names)
