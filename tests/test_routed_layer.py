@@ -969,7 +969,7 @@ def test_idle_experts_add_no_operation_to_a_forward(router, way, pool_of):
     inputs = batch_of(model, ROWS, left=True)
     few_banks, few_gates = load_banks(model, pool_of("llama", 8), torch.float32, with_gates=True)
     ops = []
-    for times in (8, 32):  # either way the experts outnumber the rows
+    for times in (32, 64):  # either way the experts outnumber the rows
         experts = 8 * times
         banks = {
             site: SiteBank(
