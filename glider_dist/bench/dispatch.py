@@ -20,12 +20,13 @@ from glider_dist.bench.plain import deepspeed_moe, plain_all_to_all
 from glider_dist.bench.timing import interleave, save, table
 from glider_dist.errors import GliderError
 from glider_dist.lora.bank import SiteBank
-from glider_dist.parallel.cost import Costs, measure_costs
+from glider_dist.parallel.cost import Costs
 from glider_dist.parallel.dispatch import Dispatch
 from glider_dist.parallel.exchange import count_traffic
 from glider_dist.parallel.local_ranks import LocalRanks
 from glider_dist.parallel.mesh import Mesh, init_mesh
 from glider_dist.parallel.placement import contiguous
+from glider_dist.parallel.probe import measure_costs
 from glider_dist.routing.route import Route
 
 WIDTH, RANK, TOP_K = 576, 16, 2

@@ -10,6 +10,7 @@ from torch import nn
 
 from glider_dist.lora.bank import SiteBank
 from glider_dist.lora.grouped import grouped_product
+from glider_dist.model.engine import import_deepspeed
 from glider_dist.routing.route import Route
 
 
@@ -71,7 +72,7 @@ class LoraExpert(nn.Module):
 
 def deepspeed_moe(width: int, rank: int, experts: int, ranks: int, top_k: int) -> nn.Module:
     """DeepSpeed's MoE layer of LoRA experts over all ranks, nothing dropped; torch.distributed must be up."""
-    import deepspeed
+    deepspeed = import_deepspeed()
     from deepspeed.moe.layer import MoE
 
     deepspeed.init_distributed("gloo", verbose=False)

@@ -19,11 +19,12 @@ from glider_dist.model.loading import load_banks, load_part
 from glider_dist.model.routed import RoutedLinear
 from glider_dist.model.sites import device_of, fingerprint, linear_sites
 from glider_dist.model.stored import cached_arrow_prototypes, read_activations
-from glider_dist.parallel.cost import Costs, measure_costs
+from glider_dist.parallel.cost import Costs
 from glider_dist.parallel.dispatch import DISPATCHES, Dispatch
 from glider_dist.parallel.guards import check_replicas, check_same_pool
 from glider_dist.parallel.mesh import Mesh, gather_rows
 from glider_dist.parallel.placement import Placement, contiguous
+from glider_dist.parallel.probe import measure_costs
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json
 from glider_dist.routing.strategies import check_router, resolved

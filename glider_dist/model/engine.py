@@ -63,7 +63,8 @@ class FrozenBase:
             dummy(kind)
 
 
-def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
+def import_deepspeed() -> Any:
+    """The module, told not to compile anything at start-up, and quiet."""
     import deepspeed
 
     # Its shared-memory all-reduce is compiled at start-up (a minute, and a killed build leaves a lock on which
@@ -71,6 +72,12 @@ def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
     compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
     if "deepspeed_shm_comm" in compatible:
         compatible["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
+    deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist.get_backend(), verbose=False)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -78,7 +85,6 @@ def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 1_000_000_000,
     }
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # The bf16 wrapper prints a memory report for an optimizer that does not exist here.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, config=config)

@@ -1,26 +1,19 @@
-"""What an exchange costs either way: the model by which ``auto`` decides, and the measurement of its constants.
+"""What an exchange costs either way: the model by which ``auto`` decides. ``probe`` measures its constants.
 
 After the count exchange every rank has the control numbers of all ranks, so all compute the same two times and
 decide alike. The time of an exchange is that of its slowest rank:
 
-    time = collectives · latency + bytes / bandwidth + groups · group_s + rows · row_flops / flops + copied / copy
+    time = fixed + bytes / bandwidth + groups · group_s + rows · row_flops / flops + copied / copy
 
 Bytes are the floor, but measured time decides: on gloo the two strategies cross later than their bytes do.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-
-from glider_dist.lora.grouped import grouped_product
-from glider_dist.parallel.mesh import Mesh
 
 Numbers = np.ndarray[Any, Any]
 
@@ -30,14 +23,18 @@ class Costs:
     """Constants of this machine. The defaults are rough figures of gloo over loopback.
 
     Attributes:
-        latency_s: one collective of a few bytes.
+        tokens_s, weights_s: an exchange of almost nothing, forward, by either strategy.
+        tokens_back_s, weights_back_s: its backward.
         bandwidth: bytes per second that a rank sends in an all-to-all.
         flops: floating-point operations per second of a product with LoRA's shapes.
         group_s: one more group of rows in a grouped product, whatever its size.
         copy: bytes per second of gathering and scattering rows.
     """
 
-    latency_s: float = 2e-4
+    tokens_s: float = 1.2e-3
+    tokens_back_s: float = 8e-4
+    weights_s: float = 1e-3
+    weights_back_s: float = 8e-4
     bandwidth: float = 1e9
     flops: float = 3e10
     group_s: float = 4e-6
@@ -85,7 +82,7 @@ def tokens_time(
     one = np.maximum(sent, received) / costs.bandwidth + copied / costs.copy + compute
     if trained:
         one = 2 * one + compute
-    return float(one.max() + (4 if trained else 2) * costs.latency_s)
+    return float(one.max() + costs.tokens_s + (costs.tokens_back_s if trained else 0.0))
 
 
 def weights_time(
@@ -107,7 +104,7 @@ def weights_time(
     one = moved + copied / costs.copy + compute
     if trained:
         one = 2 * one + compute
-    return float(one.max() + (2 if trained else 1) * costs.latency_s)
+    return float(one.max() + costs.weights_s + (costs.weights_back_s if trained else 0.0))
 
 
 def _compute(costs: Costs, shapes: Shapes, rows_PS: Numbers, groups_PS: Numbers) -> Numbers:
@@ -116,55 +113,3 @@ def _compute(costs: Costs, shapes: Shapes, rows_PS: Numbers, groups_PS: Numbers)
     per_row = flops_S / costs.flops + copied_S / costs.copy
     seconds: Numbers = rows_PS @ per_row + groups_PS.sum(1) * 2 * costs.group_s
     return seconds
-
-
-def measure_costs(mesh: Mesh, device: torch.device) -> Costs:
-    """Measure the constants with a few exchanges and products (about a second); the same result on all ranks."""
-    group, ranks = mesh.expert_group, mesh.expert_parallel
-    found = asdict(Costs())
-    if group is not None:
-        small = torch.zeros(ranks * 16, device=device)
-        large = torch.zeros(ranks << 19, device=device)  # 2 MiB to each rank
-        found["latency_s"] = _seconds(
-            lambda: dist.all_to_all_single(torch.empty_like(small), small, group=group), device
-        )
-        seconds = _seconds(lambda: dist.all_to_all_single(torch.empty_like(large), large, group=group), device, 5)
-        found["bandwidth"] = large.nbytes / ranks * (ranks - 1) / max(seconds - found["latency_s"], 1e-6)
-    width, rank, groups = 1024, 16, 64
-    x = torch.randn(groups * 8, width, device=device)
-    w = torch.randn(groups, width, rank, device=device)
-    few = torch.full((groups,), groups * 8, dtype=torch.int32, device=device)
-    ends = torch.arange(1, groups + 1, dtype=torch.int32, device=device)
-    one = _seconds(lambda: grouped_product(x, w, few), device)
-    found["flops"] = 2 * x.shape[0] * width * rank / max(one, 1e-7)
-    many = _seconds(lambda: grouped_product(x[:groups], w, ends), device)
-    less = _seconds(lambda: grouped_product(x[:groups], w[:1], ends[-1:]), device)
-    found["group_s"] = max((many - less) / groups, 1e-8)
-    index = torch.randint(0, x.shape[0], (4096,), device=device)
-    found["copy"] = (
-        2 * index.shape[0] * width * 4 / max(_seconds(lambda: x.index_select(0, index), device, 5), 1e-7)
-    )
-    return Costs(**_slowest(found, mesh))
-
-
-def _slowest(found: dict[str, float], mesh: Mesh) -> dict[str, float]:
-    """The worst of each constant over the group: all ranks must decide alike."""
-    rows: list[Any] = [found]
-    if mesh.expert_group is not None:
-        rows = [None] * mesh.expert_parallel
-        dist.all_gather_object(rows, found, group=mesh.expert_group)
-    worst: dict[str, Callable[[Sequence[float]], float]] = {"latency_s": max, "group_s": max}
-    return {name: worst.get(name, min)([row[name] for row in rows]) for name in found}
-
-
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 15) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times[2:])[repeats // 2]
