@@ -1,8 +1,10 @@
-"""Work that the dispatch tests run on every rank: one exchange, compared with the dense formula."""
+"""Work that the dispatch tests run on every rank: exchanges, compared with the dense formula."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -27,7 +29,10 @@ def mesh_of(expert_parallel: int) -> Mesh:
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes and workload of one exchange; every rank draws all ranks' inputs from the seed."""
+    """Sizes and workload of one exchange; every rank draws all ranks' inputs from the seed.
+
+    ``frozen`` experts get no gradient; ``input_grad`` False is the layer above a frozen embedding.
+    """
 
     workload: str = "uniform"
     experts: int = 7
@@ -39,6 +44,7 @@ class Case:
     seed: int = 0
     placement: str = "contiguous"
     frozen: bool = False
+    input_grad: bool = True
 
     def tokens_of(self, rank: int) -> int:
         if self.workload == "empty" or (self.workload == "a rank without tokens" and rank == 0):
@@ -53,6 +59,14 @@ class Case:
         load = torch.rand(self.experts, generator=generator).tolist()
         return balanced(names, ranks, dict(zip(names, load, strict=True)))
 
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def sites(self) -> list[str]:
+        return [f"site{index}" for index in range(len(self.shapes))]
+
 
 def draw_ids(case: Case, tokens: int, placement: Placement, rank: int, generator: torch.Generator) -> torch.Tensor:
     """``[T, K]`` distinct experts for each token, -1 where unused."""
@@ -65,6 +79,8 @@ def draw_ids(case: Case, tokens: int, placement: Placement, rank: int, generator
         chosen = placement.owned(max(range(placement.ranks), key=lambda r: len(placement.owned(r))))
         p_TE[:] = 1e-9
         p_TE[:, chosen] = 1.0
+    elif case.workload == "a rank without load":
+        p_TE[:, placement.owned(placement.ranks - 1)] = 1e-30
     elif case.workload == "rotating hotspot":
         p_TE[torch.arange(tokens), (torch.arange(tokens) + rank) % case.experts] = 1e6
     elif case.workload == "one expert per query":
@@ -80,93 +96,164 @@ def draw_ids(case: Case, tokens: int, placement: Placement, rank: int, generator
     return ids_TK
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """One rank's tokens, where they go at each site, and the gradient of each site's output."""
+
+    x: torch.Tensor
+    routes: list[Route]
+    cotangents: list[torch.Tensor]
+
+    def leaves(self, case: Case) -> Inputs:
+        fresh = [Route(r.expert_ids, r.weights.clone().requires_grad_(), r.ragged) for r in self.routes]
+        return Inputs(self.x.clone().requires_grad_(case.input_grad), fresh, self.cotangents)
+
+
+def draw_experts(case: Case) -> list[SiteBank]:
+    """All experts of each site."""
+    generator = torch.Generator().manual_seed(1000 + case.seed)
+    whole = []
+    for r, d, o in case.shapes:
+        a = torch.randn(case.experts, r, d, dtype=case.dtype, generator=generator) / d**0.5
+        b = torch.randn(case.experts, r, o, dtype=case.dtype, generator=generator) / r**0.5
+        scale = torch.rand(case.experts, generator=generator) + 0.5
+        whole.append(SiteBank(a, b, scale, torch.ones(case.experts, dtype=torch.bool)))
+    return whole
+
+
+def draw_inputs(case: Case, world: int, placement: Placement) -> list[Inputs]:
+    generator = torch.Generator().manual_seed(case.seed)
+    drawn = []
+    for rank in range(world):
+        tokens = case.tokens_of(rank)
+        x = torch.randn(tokens, case.shapes[0][1], dtype=case.dtype, generator=generator)
+        routes, cots = [], []
+        for _, _, o in case.shapes:
+            ids = draw_ids(case, tokens, placement, rank, generator)
+            weights = torch.rand(ids.shape, generator=generator).to(case.wide).masked_fill(ids < 0, 0.0)
+            routes.append(Route(ids, weights, case.ragged))
+            cots.append(torch.randn(tokens, o, generator=generator).to(case.wide))
+        drawn.append(Inputs(x, routes, cots))
+    return drawn
+
+
 def dense(x_Td: torch.Tensor, route: Route, bank: SiteBank) -> torch.Tensor:
-    """``Σ_k w_k s_k B_k A_k x`` token by token, place by place."""
-    out = x_Td.new_zeros(x_Td.shape[0], bank.B.shape[2])
+    """``Σ_k w_k s_k B_k A_k x`` place by place, at least in fp32."""
+    wide = route.weights.dtype
+    out = x_Td.new_zeros(x_Td.shape[0], bank.B.shape[2], dtype=wide)
     for place in range(route.expert_ids.shape[1]):
         used = route.expert_ids[:, place] >= 0
         ids = route.expert_ids[:, place].clamp_min(0)
-        h_Tr = torch.einsum("td,trd->tr", x_Td, bank.A[ids].to(x_Td.dtype))
-        y_To = torch.einsum("tr,tro->to", h_Tr, bank.B[ids].to(x_Td.dtype))
-        factor = route.weights[:, place] * bank.scale.to(x_Td.dtype)[ids] * used
+        h_Tr = torch.einsum("td,trd->tr", x_Td.to(wide), bank.A[ids].to(wide))
+        y_To = torch.einsum("tr,tro->to", h_Tr, bank.B[ids].to(wide))
+        factor = route.weights[:, place] * bank.scale.to(wide)[ids] * used
         out = out + y_To * factor[:, None]
     return out
 
 
-def run_case(case: Case, strategy: str, expert_parallel: int) -> tuple[float, Traffic, int]:
-    """Largest relative error of outputs and gradients on this rank, and what the exchange cost."""
-    mesh = mesh_of(expert_parallel)
-    placement = case.place(expert_parallel)
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=case.dtype, generator=generator)
-
-    whole = []
-    for r, d, o in case.shapes:
-        scale = torch.rand(case.experts, generator=generator) + 0.5
-        eligible = torch.ones(case.experts, dtype=torch.bool)
-        a, b = leaf(case.experts, r, d) / d**0.5, leaf(case.experts, r, o) / r**0.5
-        whole.append(SiteBank(a, b, scale, eligible))
-    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-    inputs = []
-    for rank in range(mesh.expert_parallel * mesh.data_parallel):
-        tokens = case.tokens_of(rank)
-        x = leaf(tokens, case.shapes[0][1])
-        routes, cots = [], []
-        for _, _, o in case.shapes:
-            ids = draw_ids(case, tokens, placement, rank, generator)
-            weights = torch.rand(ids.shape, generator=generator).to(wide).masked_fill(ids < 0, 0.0)
-            routes.append(Route(ids, weights, case.ragged))
-            cots.append(torch.randn(tokens, o, generator=generator).to(wide))
-        inputs.append((x, routes, cots))
-
-    def leaves(x: torch.Tensor, routes: list[Route]) -> tuple[torch.Tensor, list[Route]]:
-        fresh = [Route(r.expert_ids, r.weights.clone().requires_grad_(), r.ragged) for r in routes]
-        return x.clone().requires_grad_(), fresh
-
-    # The formula, on all ranks' tokens at once.
-    for bank in whole:
-        bank.A.requires_grad_(not case.frozen)
-        bank.B.requires_grad_(not case.frozen)
-    wanted = []
-    for x, routes, cots in inputs:
-        x, routes = leaves(x, routes)
-        outs = [dense(x, route, bank) for route, bank in zip(routes, whole, strict=True)]
-        sum((out * cot).sum() for out, cot in zip(outs, cots, strict=True)).backward()
-        wanted.append((outs, x.grad, [route.weights.grad for route in routes]))
-
-    owned = torch.tensor(placement.owned(mesh.expert_rank), dtype=torch.int64)
+def own_part(case: Case, whole: Sequence[SiteBank], owned: Sequence[int]) -> list[SiteBank]:
+    index = torch.tensor(owned, dtype=torch.int64)
     banks = []
     for bank in whole:
-        part = SiteBank(bank.A.detach()[owned], bank.B.detach()[owned], bank.scale[owned], bank.eligible[owned])
-        part.A.requires_grad_(not case.frozen)
-        part.B.requires_grad_(not case.frozen)
-        banks.append(part)
-    sites = [f"site{index}" for index in range(len(banks))]
-    scales = {site: bank.scale for site, bank in zip(sites, whole, strict=True)}
-    dispatch = Dispatch(mesh, placement, strategy, scales, torch.device("cpu"))
-    own_x, own_routes, cots = inputs[mesh.rank]
-    for _ in range(2 if case.frozen else 1):  # the second time from the cache
-        x, routes = leaves(own_x, own_routes)
-        with count_traffic() as traffic:
-            outs = dispatch(x, sites, routes, banks)
-            sum((out * cot).sum() for out, cot in zip(outs, cots, strict=True)).backward()
-    reference = wanted[mesh.rank]
-    pairs = list(zip(outs, reference[0], strict=True))
-    pairs.append((x.grad, reference[1]))
-    pairs += [
-        (route.weights.grad.masked_fill(route.expert_ids < 0, 0), grad)
-        for route, grad in zip(routes, reference[2], strict=True)
-    ]
-    for part, bank in zip(banks, whole, strict=True):
-        if not case.frozen:
-            pairs.append((mesh.sum_over_replicas(part.A.grad), bank.A.grad[owned]))
-            pairs.append((mesh.sum_over_replicas(part.B.grad), bank.B.grad[owned]))
-    return max(_error(ours, formula) for ours, formula in pairs), traffic, mesh.expert_rank
+        a, b = bank.A.detach()[index], bank.B.detach()[index]
+        banks.append(SiteBank(a, b, bank.scale[index], bank.eligible[index]))
+        for tensor in (a, b):
+            tensor.requires_grad_(not case.frozen)
+    return banks
 
 
-def _error(ours: torch.Tensor, formula: torch.Tensor) -> float:
+def backward(outs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]) -> None:
+    loss = sum((out * cot).sum() for out, cot in zip(outs, cotangents, strict=True))
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one exchange on one rank.
+
+    Attributes:
+        errors: largest relative error of ``outputs``, ``x``, ``weights``, ``A`` and ``B``.
+        forward, backward: what it cost.
+        strategy: the one that was used.
+        cached: bytes in the cache afterwards.
+    """
+
+    errors: dict[str, float]
+    forward: Traffic
+    backward: Traffic
+    strategy: str
+    cached: int
+
+    @property
+    def error(self) -> float:
+        return max(self.errors.values())
+
+
+def run_case(case: Case, strategy: str, expert_parallel: int, cache_bytes: int = 1 << 30) -> list[Outcome]:
+    """One exchange; for frozen experts two, the second partly from the cache."""
+    later = [replace(case, seed=case.seed + 1)] if case.frozen else []
+    return run_sequence([case, *later], strategy, expert_parallel, cache_bytes)
+
+
+def run_sequence(
+    cases: Sequence[Case], strategy: str, expert_parallel: int, cache_bytes: int = 1 << 30
+) -> list[Outcome]:
+    """Several exchanges over the experts of the first case, with one Dispatch."""
+    mesh = mesh_of(expert_parallel)
+    first = cases[0]
+    placement = first.place(expert_parallel)
+    whole = draw_experts(first)
+    owned = placement.owned(mesh.expert_rank)
+    scales = {site: bank.scale for site, bank in zip(first.sites, whole, strict=True)}
+    dispatch = Dispatch(
+        mesh, placement, strategy, scales, torch.device("cpu"), costs=None, cache_bytes=cache_bytes
+    )
+    found = []
+    for case in cases:
+        inputs = draw_inputs(case, mesh.expert_parallel * mesh.data_parallel, placement)
+        for bank in whole:
+            for tensor in (bank.A, bank.B):
+                tensor.requires_grad_(not first.frozen)
+                tensor.grad = None
+        # The formula, on all ranks' tokens at once.
+        formula = [each.leaves(case) for each in inputs]
+        wanted = []
+        for each in formula:
+            outs = [dense(each.x, route, bank) for route, bank in zip(each.routes, whole, strict=True)]
+            backward(outs, each.cotangents)
+            wanted.append(outs)
+        banks = own_part(first, whole, owned)
+        own = inputs[mesh.rank].leaves(case)
+        before = dict(dispatch.chosen)
+        with count_traffic() as forward:
+            outs = dispatch(own.x, case.sites, own.routes, banks)
+        with count_traffic() as returned:
+            backward(outs, own.cotangents)
+        reference = formula[mesh.rank]
+        pairs: dict[str, list[tuple[Any, Any]]] = {"outputs": list(zip(outs, wanted[mesh.rank], strict=True))}
+        if case.input_grad:
+            pairs["x"] = [(own.x.grad, reference.x.grad)]
+        pairs["weights"] = [
+            (ours.weights.grad.masked_fill(ours.expert_ids < 0, 0), theirs.weights.grad)
+            for ours, theirs in zip(own.routes, reference.routes, strict=True)
+        ]
+        if not first.frozen:
+            pairs["A"] = [
+                (mesh.sum_over_replicas(part.A.grad), bank.A.grad[owned])
+                for part, bank in zip(banks, whole, strict=True)
+            ]
+            pairs["B"] = [
+                (mesh.sum_over_replicas(part.B.grad), bank.B.grad[owned])
+                for part, bank in zip(banks, whole, strict=True)
+            ]
+        errors = {name: max(relative_error(*pair) for pair in each) for name, each in pairs.items()}
+        (used,) = [name for name, count in dispatch.chosen.items() if count > before[name]]
+        found.append(Outcome(errors, forward, returned, used, dispatch.cache.nbytes))
+    return found
+
+
+def relative_error(ours: torch.Tensor, formula: torch.Tensor) -> float:
     assert ours.shape == formula.shape
     if not formula.numel():
         return 0.0
@@ -174,5 +261,5 @@ def _error(ours: torch.Tensor, formula: torch.Tensor) -> float:
     return float((ours - formula).abs().max() / formula.abs().max().clamp_min(1e-3))
 
 
-def run_cases(cases: list[tuple[Case, str]], expert_parallel: int) -> list[tuple[float, Traffic, int]]:
+def run_cases(cases: Sequence[tuple[Case, str]], expert_parallel: int) -> list[list[Outcome]]:
     return [run_case(case, strategy, expert_parallel) for case, strategy in cases]

@@ -129,6 +129,7 @@ class Dispatch:
                 # No rank has a token: the experts stay in the graph.
                 pair = bank.A[:0], bank.B[:0]
             outs.append(self._compute(x_Td, site, route, ids, pair, int(control.used[me, place].sum())))
+        self.cache.shrink()
         return outs
 
     def bring(
@@ -168,6 +169,7 @@ class Dispatch:
                 pair = self.cache.stack(site, ids, bank, plan.ids(place), pairs[place], dtype)
                 scale = self.scales[site][index]
                 found[site] = SiteBank(*pair, scale, torch.ones_like(index, dtype=torch.bool), (1,) * len(ids))
+        self.cache.shrink()
         position = torch.full((experts + 1,), -1, device=self.device)
         position[index] = torch.arange(len(ids), device=self.device)
         return position, found

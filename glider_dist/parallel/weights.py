@@ -3,7 +3,8 @@
 Legend: E experts, S sites that read this input, F experts fetched for a site, r rank, d and o widths, P ranks.
 
 Per exchange, besides the control numbers: one collective forward, and one backward if the experts train (their
-gradients go back and are summed at the owner); no host sync. Bytes that leave a rank:
+gradients go back and are summed at the owner); none if no rank asks for anything; no host sync. Bytes that leave a
+rank:
 
     forward    Σ over (site, expert) that another rank asked for      r (d + o) b
     backward   Σ over (site, expert) fetched from another rank        r (d + o) b
@@ -37,7 +38,8 @@ class Fetch:
     Attributes:
         asked: ``[P][S]`` for each rank and site, positions in this rank's bank that the rank asked for.
         wanted: ``[P][S]`` for each rank and site, ids of its experts that this rank asked for.
-        rank_of: for each site, the padded LoRA rank; ``d_in`` and ``d_out`` likewise.
+        shapes: for each site, padded LoRA rank, ``d_in`` and ``d_out``.
+        dtype: in which they travel.
     """
 
     asked: list[list[Ids]]
@@ -146,7 +148,8 @@ def fetch_experts(banks: Sequence[SiteBank], plan: Fetch) -> list[Pair]:
 class ExpertCache:
     """Frozen experts that were fetched, bounded in bytes; the least recently used go first.
 
-    A rank's own experts count as held: they are taken from its bank.
+    A rank's own experts count as held: they are taken from its bank. What an exchange was told is held stays so
+    until :meth:`shrink`, which ends it: in between, the limit may be exceeded by what that exchange fetched.
     """
 
     def __init__(self, limit_bytes: int, owned: Ids, experts: int, device: torch.device):
@@ -171,11 +174,17 @@ class ExpertCache:
             bank: the rank's own experts.
             fetched: ids of the ``fresh`` ones.
         """
-        for place, expert in enumerate(fetched.tolist()):
-            assert fresh is not None
-            # Copies: a view would keep the whole message alive.
-            self._entries[site, expert] = (fresh[0][place].clone(), fresh[1][place].clone())
-            self.nbytes += sum(tensor.nbytes for tensor in self._entries[site, expert])
+        # Kept for later forwards, which may need gradients even if this one does not.
+        with torch.inference_mode(False), torch.no_grad():
+            for place, expert in enumerate(fetched.tolist()):
+                assert fresh is not None
+                # Copies: a view would keep the whole message alive.
+                self._entries[site, expert] = (fresh[0][place].clone(), fresh[1][place].clone())
+                self.nbytes += sum(tensor.nbytes for tensor in self._entries[site, expert])
+            if len(fetched):
+                held = self.held(site).clone()
+                held[torch.from_numpy(fetched).to(held.device)] = True
+                self._held[site] = held
         rows = []
         for expert in used.tolist():
             if expert in self._slot:
@@ -184,23 +193,20 @@ class ExpertCache:
             else:
                 rows.append(self._entries[site, expert])
                 self._entries.move_to_end((site, expert))
-        if len(fetched):
-            held = self.held(site).clone()
-            held[torch.from_numpy(fetched).to(held.device)] = True
-            self._held[site] = held
-            self._shrink()
         if not rows:
             return bank.A[:0].to(dtype), bank.B[:0].to(dtype)
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+    def shrink(self) -> None:
+        """Keep to the limit: an exchange has taken what it needs."""
+        while self.nbytes > self.limit and self._entries:
+            (site, expert), pair = self._entries.popitem(last=False)
+            self.nbytes -= sum(tensor.nbytes for tensor in pair)
+            with torch.inference_mode(False):
+                self._held[site][expert] = False
 
     def clear(self) -> None:
         """Forget all: the experts have changed."""
         self._entries.clear()
         self._held.clear()
         self.nbytes = 0
-
-    def _shrink(self) -> None:
-        while self.nbytes > self.limit and self._entries:
-            (site, expert), pair = self._entries.popitem(last=False)
-            self.nbytes -= sum(tensor.nbytes for tensor in pair)
-            self._held[site][expert] = False
