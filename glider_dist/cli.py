@@ -9,7 +9,6 @@ import importlib
 import logging
 import os
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,9 @@ from typing import Any
 
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
+from glider_dist.mistakes import tell, told_elsewhere
 from glider_dist.settings import read_config, settings
+from glider_dist.tracking.log_file import EarlyLog
 
 log = logging.getLogger("glider_dist")
 
@@ -32,6 +33,7 @@ class Command:
     defaults: dict[str, Any] = field(default_factory=dict)
     takes_text: bool = False
     launches: bool = False
+    keeps_record: bool = True  # writes a run directory
     own_usage: bool = False  # sorts its words and key=value itself, and explains them in the module's USAGE
 
 
@@ -59,10 +61,15 @@ COMMANDS = {
         own_usage=True,
     ),
     "average-activations": Command(
-        f"{_EVALUATION}.activations:run", "mean inputs of each expert, for router.kind=average_activation"
+        f"{_EVALUATION}.activations:run",
+        "mean inputs of each expert, for router.kind=average_activation",
+        keeps_record=False,
     ),
     "predict": Command(
-        f"{_EVALUATION}.predict:run", "answer a text and show which experts served it", takes_text=True
+        f"{_EVALUATION}.predict:run",
+        "answer a text and show which experts served it",
+        takes_text=True,
+        keeps_record=False,
     ),
     "pool": Command(
         "glider_dist.pool_command:run",
@@ -138,9 +145,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except GliderError as error:
-        return _fail(str(error))
+        mistake = str(error)
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        # A collective breaks when another rank leaves it because of a mistake, which that rank has told.
+        if told_elsewhere():
+            return 2
+        raise
+    # Here, where the error's frames, which hold the connections to the other ranks, are gone.
+    return tell(mistake)
 
 
 def _main(argv: list[str]) -> int:
@@ -180,6 +194,8 @@ def run_stage(name: str, cfg: Config, stage: Any, text: str | None = None) -> No
     if not ranks.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     job = Job(cfg, name, ranks)
+    if COMMANDS[name].keeps_record:
+        job.check_run_dir()
     if text is None:
         stage(job)
     else:
@@ -191,22 +207,13 @@ def _set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(lambda record: record.name.startswith("glider_dist") or record.levelno >= logging.WARNING)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler, EarlyLog()], force=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*past_key_values")
-
-
-def _fail(message: str) -> int:
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        # A mistake that all ranks see is told by rank 0; the launcher ends the others within a second or two.
-        time.sleep(4)
-        message = f"rank {rank}: {message}"
-    print(f"glider-dist: error: {message}", file=sys.stderr, flush=True)
-    return 2
 
 
 def _help(name: str) -> str:

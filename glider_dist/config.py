@@ -96,7 +96,9 @@ class RouterConfig:
     )
     merge_density: float = _setting(0.5, "share of the weights that ties and dare keep")
     merge_seed: int = _setting(0, "seed of the weights that dare drops")
-    shortlist: int | None = _setting(None, "consider only the M globally nearest experts of each query; None: all")
+    shortlist: int | None = _setting(
+        None, "consider only the M globally nearest experts of each query, whatever the router scores; None: all"
+    )
 
 
 @dataclass

@@ -16,14 +16,14 @@ from omegaconf import OmegaConf
 
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
-from glider_dist.model.base import BaseModel, load_base
+from glider_dist.model.base import BaseModel, choose_dtype, load_base
 from glider_dist.model.batch import Collator
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import fingerprint
 from glider_dist.parallel.ranks import Ranks
 from glider_dist.pool import ExpertPool, Fingerprint
 from glider_dist.tasks.source import TaskSuite, load_tasks
-from glider_dist.tracking.run import Run
+from glider_dist.tracking.run import Run, check_run_dir
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +69,24 @@ class Job:
         """The run directory; the first use writes it."""
         config = OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True)
         assert isinstance(config, dict)
+        dtype, reason = choose_dtype(self.cfg.dtype, self.ranks.device)
         return Run.start(
             self.run_dir,
             {str(k): v for k, v in config.items()},
             self.stage,
             self.cfg.tracking,
             self.ranks.is_main,
+            {
+                "device": str(self.ranks.device),
+                "dtype": str(dtype).removeprefix("torch."),
+                "dtype_reason": reason,
+                "ranks": self.ranks.world,
+            },
         )
+
+    def check_run_dir(self) -> None:
+        """Raises GliderError on every rank if rank 0 cannot write the run directory. Nothing is written yet."""
+        self.ranks.on_main(lambda: check_run_dir(self.run_dir))
 
     @property
     def pool_path(self) -> Path:

@@ -10,12 +10,11 @@ import dataclasses
 import statistics
 import time
 
-from glider_dist.evaluation.queries import QueryRunner, make_queries, no_scope
+from glider_dist.evaluation.queries import QueryRunner, make_queries
 from glider_dist.evaluation.routers import router_scope
 from glider_dist.job import Job
 from glider_dist.model.attach import attach_pool, detach, set_router
 from glider_dist.pool.files import write_json
-from glider_dist.routing.strategies import STRATEGIES
 from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.index import GlobalRouter
 
@@ -35,8 +34,9 @@ def run(job: Job) -> None:
     try:
         for repeat in range(-1, REPEATS):
             for kind in routers:
-                set_router(model, dataclasses.replace(cfg.router, kind=kind), pool)
-                scope = router_scope(model, kind, similarity, None) if STRATEGIES[kind].uses_global else no_scope
+                router = dataclasses.replace(cfg.router, kind=kind)
+                set_router(model, router, pool)
+                scope = router_scope(model, router, similarity, None)
                 # The round before the first warms up, on a few queries.
                 chosen = mine if repeat >= 0 else mine[: cfg.evaluate.batch_size]
                 job.ranks.barrier()

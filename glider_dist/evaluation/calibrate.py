@@ -71,8 +71,9 @@ def run(job: Job) -> None:
     losses = np.zeros((len(cfg.calibrate.alphas), len(encoded)))
     try:
         for place, alpha in enumerate(progress(cfg.calibrate.alphas, desc="alphas", enabled=job.ranks.is_main)):
-            set_router(model, dataclasses.replace(cfg.router, kind="glider", **_fixed(alpha)))
-            scope = router_scope(model, "glider", both[mine], None)
+            fixed = dataclasses.replace(cfg.router, kind="glider", **_fixed(alpha))
+            set_router(model, fixed)
+            scope = router_scope(model, fixed, both[mine], None)
             losses[place, mine] = runner.nll([encoded[i] for i in mine], scope).numpy()  # nats per token
     finally:
         detach(model)

@@ -17,7 +17,7 @@ from glider_dist.job import Job
 from glider_dist.model.attach import attach_pool, detach
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json, write_json
-from glider_dist.routing.strategies import check_router, strategy_of
+from glider_dist.routing.strategies import check_router, needs_scores, strategy_of
 from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.index import FILE, GlobalRouter
 from glider_dist.tracking.progress import progress
@@ -74,9 +74,9 @@ def report(job: Job, results: list[RouterResult]) -> str:
 
 
 def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str], rows: Path, key: str) -> None:
-    strategies = [strategy_of(dataclasses.replace(job.cfg.router, kind=kind)) for kind in todo]
-    needs_index = any(strategy.uses_global for strategy in strategies)
-    needs_gates = any(strategy.local == "gate" for strategy in strategies)
+    routers = [dataclasses.replace(job.cfg.router, kind=kind) for kind in todo]
+    needs_index = any(needs_scores(router) for router in routers)
+    needs_gates = any(strategy_of(router).local == "gate" for router in routers)
     router = GlobalRouter(pool, Embedder(job.cfg.embedder)) if needs_index else None
     first = dataclasses.replace(job.cfg.router, kind="phatgoose" if needs_gates else "base")
     model = attach_pool(job.frozen.model, pool, first)
