@@ -52,7 +52,8 @@ def _check_files(expert: Expert) -> list[str]:
         return [f"{expert.folder / CARD_FILE} does not exist, so the files' hashes are unknown"]
     hashes = card.get("files", {})
     problems = []
-    for file in (CONFIG_FILE, WEIGHTS_FILE, GATE_FILE):
+    # The card may know of more, such as mean activations.
+    for file in dict.fromkeys((CONFIG_FILE, WEIGHTS_FILE, GATE_FILE, *hashes)):
         path = expert.folder / file
         if not path.exists():
             if file in hashes:
