@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from glider_dist.config import Config
+from glider_dist.config import Config, RouterConfig
 from glider_dist.errors import GliderError
+from glider_dist.model.attach import attach_pool
 from glider_dist.model.base import BaseModel, choose_dtype, load_base
 from glider_dist.model.batch import Collator
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import fingerprint
+from glider_dist.parallel.mesh import Mesh, init_mesh
+from glider_dist.parallel.placement import Placement, balanced, contiguous, load_of
 from glider_dist.parallel.ranks import Ranks
 from glider_dist.pool import ExpertPool, Fingerprint
 from glider_dist.tasks.source import TaskSuite, load_tasks
@@ -58,7 +62,35 @@ class Job:
     @cached_property
     def frozen(self) -> FrozenBase:
         _ = self.fingerprint
-        return FrozenBase(self.base, self.ranks, self.cfg.zero_stage)
+        return FrozenBase(self.base, self.ranks, self.cfg.zero_stage, self.cfg.mesh.expert_parallel)
+
+    @cached_property
+    def mesh(self) -> Mesh | None:
+        """How the ranks share the experts; None in a single process."""
+        return init_mesh(self.cfg.mesh.expert_parallel)
+
+    def attach(self, pool: ExpertPool, router: RouterConfig) -> Any:
+        """Attach the pool to the base, its experts shared by the mesh; returns the model (see ``attach_pool``)."""
+        mesh, placement = self.mesh, None
+        if mesh is not None and mesh.expert_parallel > 1:
+            placement = self._placement(pool, mesh.expert_parallel)
+        return attach_pool(self.frozen.model, pool, router, mesh, self.cfg.dispatch, placement=placement)
+
+    def _placement(self, pool: ExpertPool, ranks: int) -> Placement:
+        """As stored in the run directory, else made as configured and stored there."""
+        path = self.run_dir / "placement.json"
+
+        def make() -> None:
+            if path.exists() and Placement.load(path, pool.names).ranks == ranks:
+                return
+            made = contiguous(pool.names, ranks)
+            if self.cfg.mesh.placement == "balanced":
+                made = balanced(pool.names, ranks, load_of(Path(self.cfg.mesh.load or "")))
+            made.save(path)
+            log.info("placement of the experts:\n%s", made)
+
+        self.ranks.on_main(make)
+        return Placement.load(path, pool.names)
 
     @cached_property
     def collator(self) -> Collator:

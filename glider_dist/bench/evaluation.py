@@ -13,7 +13,7 @@ import time
 from glider_dist.evaluation.queries import QueryRunner, make_queries
 from glider_dist.evaluation.routers import router_scope
 from glider_dist.job import Job
-from glider_dist.model.attach import attach_pool, detach, set_router
+from glider_dist.model.attach import detach, set_router
 from glider_dist.pool.files import write_json
 from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.index import GlobalRouter
@@ -29,7 +29,7 @@ def run(job: Job) -> None:
     mine = queries[job.ranks.rank :: job.ranks.world]
     similarity = GlobalRouter(pool, Embedder(cfg.embedder)).similarity([query.instruction for query in mine])
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
-    model = attach_pool(job.frozen.model, pool, dataclasses.replace(cfg.router, kind="phatgoose"))
+    model = job.attach(pool, dataclasses.replace(cfg.router, kind="phatgoose"))
     seconds: dict[str, list[float]] = {kind: [] for kind in routers}
     try:
         for repeat in range(-1, REPEATS):

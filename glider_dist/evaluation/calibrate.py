@@ -25,7 +25,7 @@ from glider_dist.evaluation.evaluate import calibration_of
 from glider_dist.evaluation.queries import QueryRunner, make_queries, queries_digest
 from glider_dist.evaluation.routers import router_scope, router_settings
 from glider_dist.job import Job
-from glider_dist.model.attach import attach_pool, detach, set_router
+from glider_dist.model.attach import detach, set_router
 from glider_dist.pool.files import write_json
 from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.index import FILE, GlobalRouter
@@ -66,7 +66,7 @@ def run(job: Job) -> None:
     encoded = [query.encoded for query in queries] * 2
 
     mine = list(range(job.ranks.rank, len(encoded), job.ranks.world))
-    model = attach_pool(job.frozen.model, pool, dataclasses.replace(cfg.router, kind="glider", **_fixed(1.0)))
+    model = job.attach(pool, dataclasses.replace(cfg.router, kind="glider", **_fixed(1.0)))
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
     losses = np.zeros((len(cfg.calibrate.alphas), len(encoded)))
     try:

@@ -11,7 +11,7 @@ from glider_dist.errors import GliderError
 from glider_dist.evaluation.queries import QueryRunner
 from glider_dist.evaluation.routers import router_scope
 from glider_dist.job import Job
-from glider_dist.model.attach import attach_pool, detach, routing_stats
+from glider_dist.model.attach import detach, routing_stats
 from glider_dist.pool import ExpertPool
 from glider_dist.routing.strategies import check_router, needs_scores
 from glider_dist.semantics.embedder import Embedder
@@ -49,7 +49,7 @@ def predict(job: Job, pool: ExpertPool, text: str) -> Prediction:
     similarity = None
     if needs_scores(job.cfg.router):
         similarity = GlobalRouter(pool, Embedder(job.cfg.embedder)).similarity([instruction])
-    model = attach_pool(job.frozen.model, pool, job.cfg.router)
+    model = job.attach(pool, job.cfg.router)
     try:
         runner = QueryRunner(job.frozen, job.collator, 1)
         scope = router_scope(model, job.cfg.router, similarity, None)

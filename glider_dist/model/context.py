@@ -27,7 +27,7 @@ from glider_dist.parallel.dispatch import Dispatch
 from glider_dist.routing.combine import global_bias, shortlist
 from glider_dist.routing.local import at_least_fp32, normalised
 from glider_dist.routing.route import Route
-from glider_dist.routing.strategies import STRATEGIES, Strategy, check_router, route_tokens
+from glider_dist.routing.strategies import STRATEGIES, Strategy, check_router, check_shared, route_tokens
 
 
 class RoutingContext:
@@ -85,13 +85,8 @@ class RoutingContext:
                 top_k exceeds the pool, or the experts' ranks differ where they may not.
         """
         strategy = check_router(router, len(self.names))
-        if self.dispatch is not None and (
-            strategy.merges or router.general or strategy.local in ("lag", "activation")
-        ):
-            raise GliderError(
-                f"router {router.kind!r} needs every expert on each rank; use mesh.expert_parallel=1, or one of "
-                "glider, phatgoose, global, arrow and oracle"
-            )
+        if self.dispatch is not None:
+            check_shared(router)
         if strategy.local == "gate" and not self.gates:
             raise GliderError(
                 f"router {router.kind!r} needs a gate for every expert, but the pool has none or lacks some; "

@@ -100,3 +100,22 @@ def balanced(names: Sequence[str], ranks: int, load: Mapping[str, float]) -> Pla
         total[rank] += load.get(names[expert], 0.0)
         count[rank] += 1
     return Placement(tuple(names), tuple(owner), ranks)
+
+
+def load_of(path: Path) -> dict[str, float]:
+    """Tokens per expert of an earlier evaluation, summed over its routers.
+
+    Args:
+        path: the ``results.json`` of its run directory.
+
+    Raises:
+        GliderError: the file is missing or is no such report.
+    """
+    load: dict[str, float] = {}
+    try:
+        for routing in json.loads(path.read_text())["routing"].values():
+            for name, tokens in routing["tokens_per_expert"].items():
+                load[name] = load.get(name, 0.0) + float(tokens)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise GliderError(f"mesh.load={path} holds no routing statistics ({error}); name a results.json") from None
+    return load

@@ -123,6 +123,16 @@ def check_router(config: RouterConfig, num_experts: int) -> Strategy:
     return strategy
 
 
+def check_shared(config: RouterConfig) -> None:
+    """Raises GliderError if the strategy needs every expert on each rank."""
+    strategy = strategy_of(config)
+    if strategy.merges or strategy.local in ("lag", "activation") or (strategy.by_weights and config.general):
+        raise GliderError(
+            f"router {config.kind!r} needs every expert on each rank; use mesh.expert_parallel=1, or one of "
+            "glider, phatgoose, global, arrow and oracle (without router.general)"
+        )
+
+
 def route_tokens(
     strategy: Strategy,
     config: RouterConfig,
