@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -137,6 +138,16 @@ def draw_inputs(case: Case, world: int, placement: Placement) -> list[Inputs]:
     return drawn
 
 
+def joined(inputs: Sequence[Inputs]) -> Inputs:
+    """All ranks' inputs as those of one."""
+    routes = []
+    for each in zip(*(one.routes for one in inputs), strict=True):
+        ids, weights = (torch.cat([getattr(route, name) for route in each]) for name in ("expert_ids", "weights"))
+        routes.append(Route(ids, weights, each[0].ragged))
+    cots = [torch.cat(each) for each in zip(*(one.cotangents for one in inputs), strict=True)]
+    return Inputs(torch.cat([one.x for one in inputs]), routes, cots)
+
+
 def dense(x_Td: torch.Tensor, route: Route, bank: SiteBank) -> torch.Tensor:
     """``Σ_k w_k s_k B_k A_k x`` place by place, at least in fp32."""
     wide = route.weights.dtype
@@ -190,16 +201,26 @@ class Outcome:
         return max(self.errors.values())
 
 
-def run_case(case: Case, strategy: str, expert_parallel: int, cache_bytes: int = 1 << 30) -> list[Outcome]:
+def run_case(case: Case, strategy: str, expert_parallel: int, **how: Any) -> list[Outcome]:
     """One exchange; for frozen experts two, the second partly from the cache."""
     later = [replace(case, seed=case.seed + 1)] if case.frozen else []
-    return run_sequence([case, *later], strategy, expert_parallel, cache_bytes)
+    return run_sequence([case, *later], strategy, expert_parallel, **how)
 
 
 def run_sequence(
-    cases: Sequence[Case], strategy: str, expert_parallel: int, cache_bytes: int = 1 << 30
+    cases: Sequence[Case],
+    strategy: str,
+    expert_parallel: int,
+    cache_bytes: int = 1 << 30,
+    watch: contextlib.AbstractContextManager[Any] | None = None,
+    keep: list[torch.Tensor] | None = None,
 ) -> list[Outcome]:
-    """Several exchanges over the experts of the first case, with one Dispatch."""
+    """Several exchanges over the experts of the first case, with one Dispatch.
+
+    Args:
+        watch: a context for the exchange and its backward alone.
+        keep: is given this rank's outputs and gradients.
+    """
     mesh = mesh_of(expert_parallel)
     first = cases[0]
     placement = first.place(expert_parallel)
@@ -217,27 +238,29 @@ def run_sequence(
                 tensor.requires_grad_(not first.frozen)
                 tensor.grad = None
         # The formula, on all ranks' tokens at once.
-        formula = [each.leaves(case) for each in inputs]
-        wanted = []
-        for each in formula:
-            outs = [dense(each.x, route, bank) for route, bank in zip(each.routes, whole, strict=True)]
-            backward(outs, each.cotangents)
-            wanted.append(outs)
+        formula = joined(inputs).leaves(case)
+        wanted = [dense(formula.x, route, bank) for route, bank in zip(formula.routes, whole, strict=True)]
+        backward(wanted, formula.cotangents)
+        counts = [each.x.shape[0] for each in inputs]
+        start = sum(counts[: mesh.rank])
+        mine = slice(start, start + counts[mesh.rank])
         banks = own_part(first, whole, owned)
         own = inputs[mesh.rank].leaves(case)
         before = dict(dispatch.chosen)
-        with count_traffic() as forward:
-            outs = dispatch(own.x, case.sites, own.routes, banks)
-        with count_traffic() as returned:
-            backward(outs, own.cotangents)
-        reference = formula[mesh.rank]
-        pairs: dict[str, list[tuple[Any, Any]]] = {"outputs": list(zip(outs, wanted[mesh.rank], strict=True))}
+        with watch or contextlib.nullcontext():
+            with count_traffic() as forward:
+                outs = dispatch(own.x, case.sites, own.routes, banks)
+            with count_traffic() as returned:
+                backward(outs, own.cotangents)
+        pairs: dict[str, list[tuple[Any, Any]]] = {
+            "outputs": [(ours, theirs[mine]) for ours, theirs in zip(outs, wanted, strict=True)],
+            "weights": [
+                (ours.weights.grad.masked_fill(ours.expert_ids < 0, 0), theirs.weights.grad[mine])
+                for ours, theirs in zip(own.routes, formula.routes, strict=True)
+            ],
+        }
         if case.input_grad:
-            pairs["x"] = [(own.x.grad, reference.x.grad)]
-        pairs["weights"] = [
-            (ours.weights.grad.masked_fill(ours.expert_ids < 0, 0), theirs.weights.grad)
-            for ours, theirs in zip(own.routes, reference.routes, strict=True)
-        ]
+            pairs["x"] = [(own.x.grad, formula.x.grad[mine])]
         if not first.frozen:
             pairs["A"] = [
                 (mesh.sum_over_replicas(part.A.grad), bank.A.grad[owned])
@@ -247,6 +270,8 @@ def run_sequence(
                 (mesh.sum_over_replicas(part.B.grad), bank.B.grad[owned])
                 for part, bank in zip(banks, whole, strict=True)
             ]
+        if keep is not None:
+            keep += [pair[0].detach().clone() for each in pairs.values() for pair in each]
         errors = {name: max(relative_error(*pair) for pair in each) for name, each in pairs.items()}
         (used,) = [name for name, count in dispatch.chosen.items() if count > before[name]]
         found.append(Outcome(errors, forward, returned, used, dispatch.cache.nbytes))

@@ -141,7 +141,7 @@ def sum_experts(x_Td: torch.Tensor, bank: SiteBank, route: Route, rows: int | No
         ``[T, o]`` fp32 (fp64 for fp64 inputs), summed in order of the bank's experts.
     """
     out_To = route.weights.new_zeros(x_Td.shape[0], bank.B.shape[2])
-    if bank.num_experts and is_small(x_Td.shape[0], bank):
+    if is_small(x_Td.shape[0], bank):
         return add_all_experts(out_To, x_Td, bank, route, None)
     plan = plan_rows(route, bank.num_experts, rows)
     if x_Td.device.type == "cpu":
@@ -155,7 +155,7 @@ def is_small(tokens: int, bank: SiteBank) -> bool:
     So it is while decoding over a small pool: on a CPU a product costs about 20 µs to start, whatever its size,
     and 2 E of them outweigh the idle experts' arithmetic up to about these sizes (``bench evaluate``).
     """
-    return tokens <= 192 and bank.A.shape[0] * bank.A.shape[1] <= 320
+    return tokens <= 192 and 0 < bank.A.shape[0] * bank.A.shape[1] <= 320
 
 
 def add_all_experts(

@@ -24,6 +24,7 @@ from glider_dist.model.prototypes import Prototypes
 from glider_dist.model.shared import SharedInputs
 from glider_dist.model.tokens import Stacks, Tokens
 from glider_dist.parallel.dispatch import Dispatch
+from glider_dist.parallel.exchange import in_backward
 from glider_dist.routing.combine import global_bias, shortlist
 from glider_dist.routing.local import at_least_fp32, normalised
 from glider_dist.routing.route import Route
@@ -104,7 +105,7 @@ class RoutingContext:
                 self.prototypes.load_activations(self.banks)
         self.router, self.strategy = router, strategy
         self._general, self._active = chosen, active
-        self._bias_BE = None
+        self._bias_BE = self._brought = None
 
     def _banks_for(
         self, strategy: Strategy, router: RouterConfig, general: tuple[int, ...]
@@ -133,10 +134,10 @@ class RoutingContext:
         """The experts to compute at this site now, or None for the base alone."""
         if self._assigned_B is not None:
             return self.banks[site]
-        if self._brought is not None:
-            return self._brought[1][site]
         if self.strategy.static == "none":
             return None
+        if self._brought is not None:
+            return self._brought[1][site]
         if self.strategy.static == "assigned":
             raise GliderError(
                 "router 'oracle' needs to be told: use glider_dist.assign_experts(model, expert_ids)"
@@ -166,13 +167,20 @@ class RoutingContext:
         left_B = (~similarity_BE.isneginf()).sum(1)
         self._excludes = bool((left_B < (router.top_k if router.top_p is None else len(self.names))).any())
         brought = self._brought
-        if self.dispatch is not None and router.shortlist is not None and not self._trains():
-            self._brought = self.dispatch.bring((~similarity_BE.isneginf()).any(0), self.banks)
         try:
+            if self.dispatch is not None and self._lists():
+                wanted_E = (~similarity_BE.isneginf()).any(0)
+                self._brought = self.dispatch.bring(wanted_E, self.banks)
             yield
         finally:
             self._bias_BE, self._excludes = before
             self._brought = brought
+
+    def _lists(self) -> bool:
+        """Whether shortlists bound what the next forwards need of other ranks' experts."""
+        assert self.dispatch is not None
+        bounded = self.router.shortlist is not None and self.strategy.uses_global
+        return bounded and self.dispatch.strategy == "auto" and not self._trains()
 
     def _trains(self) -> bool:
         return torch.is_grad_enabled() and any(bank.A.requires_grad for bank in self.banks.values())
@@ -245,7 +253,7 @@ class RoutingContext:
 
     def count(self, site: str, counts_E: torch.Tensor) -> None:
         # Not again when activations are recomputed in a backward pass.
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             self.counts[site] = self.counts[site] + counts_E if site in self.counts else counts_E
 
     def _normalised(self, x: torch.Tensor, x_Td: torch.Tensor, tokens: Tokens) -> torch.Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from glider_dist.parallel.exchange import in_backward
+
 Compute = Callable[[Sequence[str], torch.Tensor], list[torch.Tensor]]
 """From the sites of a group and their input to what the experts add at each."""
 
@@ -24,6 +26,7 @@ class SharedInputs:
 
     def __init__(self) -> None:
         self.groups: dict[str, tuple[str, ...]] = {}
+        self._used: dict[str, tuple[str, ...]] = {}
         self._input: torch.Tensor | None = None
         self._seen: list[str] = []
         self._made: dict[str, torch.Tensor] = {}
@@ -35,7 +38,9 @@ class SharedInputs:
             self._input = x
         self._seen.append(site)
         if site not in self._made:
-            group = self.groups.get(site, (site,))
+            # Recomputed activations must be made as they were, though more may be known by now.
+            group = (self._used if in_backward() else self.groups).get(site, (site,))
+            self._used[site] = group
             self._made.update(zip(group, compute(group, x), strict=True))
         return self._made.pop(site)
 

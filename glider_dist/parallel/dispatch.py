@@ -22,7 +22,7 @@ from glider_dist.errors import GliderError
 from glider_dist.lora.apply import sum_experts
 from glider_dist.lora.bank import SiteBank
 from glider_dist.parallel.cost import Costs, Shapes, tokens_time, weights_time
-from glider_dist.parallel.exchange import all_gather_rows, to_host
+from glider_dist.parallel.exchange import all_gather_rows, in_backward, to_host
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement
 from glider_dist.parallel.tokens import Sizes, tokens_to_experts
@@ -78,6 +78,7 @@ class Dispatch:
         self.device = device
         self.costs = costs or Costs()
         self.chosen = {"all_to_all": 0, "gather": 0}
+        self._before: dict[tuple[str, ...], str] = {}
         # The last entry serves the id -1 of an unused place: owned by a rank that does not exist.
         self._owner = torch.tensor([*placement.owner, placement.ranks], device=device)
         self._slot = torch.tensor([*placement.slot, 0], device=device)
@@ -101,11 +102,17 @@ class Dispatch:
         Raises:
             GliderError: another rank left.
         """
-        trained = torch.is_grad_enabled() and any(bank.A.requires_grad for bank in banks)
+        # Even where no gradient is wanted now: experts that train are not the same next time.
+        trained = any(bank.A.requires_grad or bank.B.requires_grad for bank in banks)
         backward = torch.is_grad_enabled() and (trained or x_Td.requires_grad or routes[0].weights.requires_grad)
         need_PT, control = self._agree(x_Td, sites, routes, trained)
         shapes = tuple((bank.A.shape[1], bank.A.shape[2], bank.B.shape[2]) for bank in banks)
-        way = self.strategy if self.strategy != "auto" else self._cheaper(control, shapes, x_Td, routes, backward)
+        way = self.strategy
+        if way == "auto" and in_backward():
+            # The cache has changed since, and with it the costs; recomputed activations must be made alike.
+            way = self._before[tuple(sites)]
+        elif way == "auto":
+            way = self._before[tuple(sites)] = self._cheaper(control, shapes, x_Td, routes, backward)
         self.chosen[way] += 1
         me, group = self.mesh.expert_rank, self.mesh.expert_group
         assert group is not None
@@ -169,6 +176,8 @@ class Dispatch:
                 pair = self.cache.stack(site, ids, bank, plan.ids(place), pairs[place], dtype)
                 scale = self.scales[site][index]
                 found[site] = SiteBank(*pair, scale, torch.ones_like(index, dtype=torch.bool), (1,) * len(ids))
+        if any(bank.A.requires_grad or bank.B.requires_grad for bank in banks.values()):
+            self.cache.clear()
         self.cache.shrink()
         position = torch.full((experts + 1,), -1, device=self.device)
         position[index] = torch.arange(len(ids), device=self.device)

@@ -86,6 +86,11 @@ def all_to_all(
     return received
 
 
+def in_backward() -> bool:
+    """Whether a backward pass runs: a forward inside it repeats an earlier one (activation checkpointing)."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def _guarded(name: str, group: dist.ProcessGroup, collective: Callable[[], object]) -> None:
     try:
         collective()
