@@ -427,6 +427,48 @@ def test_calibrating_on_a_single_expert_is_refused(refused: Refused, folder: Pat
     says(refused("calibrate", router__top_k=1), "at least two experts")
 
 
+DAMAGES = [b"[]", b"null", b"{", b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=str)
+@pytest.mark.parametrize("file", ["pool.json", "experts/upper/card.json", "router/calibration.json"])
+def test_a_damaged_file_of_the_pool_is_named(
+    file: str, damage: bytes, refused: Refused, folder: Path, pool: ExpertPool
+) -> None:
+    (pool.path / file).write_bytes(damage)
+    says(refused("evaluate"), pool.path / file)
+
+
+def test_a_pool_without_its_base_or_with_odd_shapes_is_refused(refused: Refused, pool: ExpertPool) -> None:
+    path = pool.path / "pool.json"
+    value = json.loads(path.read_text())
+    for change in ({"fingerprint": {"sites": {"q_proj": 3}}}, {"fingerprint": []}):
+        path.write_text(json.dumps({**value, **change}))
+        says(refused("evaluate"), path)
+    path.write_text(json.dumps({"format": value["format"]}))
+    says(refused("evaluate"), path, "base")
+
+
+def test_a_calibration_without_numbers_is_refused(refused: Refused, pool: ExpertPool) -> None:
+    path = pool.router_dir / "calibration.json"
+    path.write_text(json.dumps({"alpha_in": "a lot"}))
+    says(refused("predict"), "calibration.json", "alpha_in='a lot'", "run calibrate")
+
+
+@pytest.mark.parametrize("descriptions", ["text", [1], [" "]])
+def test_descriptions_that_are_no_sentences_are_refused(
+    descriptions: Any, refused: Refused, pool: ExpertPool
+) -> None:
+    pool.expert("upper").update_card(descriptions=descriptions)
+    for stage in ("index", "evaluate"):
+        says(refused(stage), "upper/card.json", "no list of sentences")
+
+
+@pytest.mark.parametrize("key", ["calibrate.alphas=[.nan]", "calibrate.alphas=[.inf]", "router.threshold=.nan"])
+def test_settings_that_are_no_finite_numbers_are_refused(key: str, refused: Refused, pool: ExpertPool) -> None:
+    says(refused("calibrate", key), key.split("=")[0], "finite")
+
+
 # --- the index --------------------------------------------------------------------------------------------
 
 INDEXED = ("calibrate", "evaluate", "predict")

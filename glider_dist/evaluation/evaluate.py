@@ -123,12 +123,16 @@ def rows_key(job: Job, pool: ExpertPool) -> str:
 def _stored(path: Path, key: str) -> tuple[RouterResult, dict[str, Any]] | None:
     if not path.exists():
         return None
-    value = read_json(path)
-    if value.get("key") != key:
+    try:
+        value = read_json(path)
+        if value.get("key") != key:
+            return None
+        plain = value["result"]
+        queries = tuple(QueryResult(**query) for query in plain["queries"])
+        return RouterResult(plain["router"], queries, plain["seconds"], plain["ranks"]), value["routing"]
+    except (GliderError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s) and made again", path, error)
         return None
-    plain = value["result"]
-    queries = tuple(QueryResult(**query) for query in plain["queries"])
-    return RouterResult(plain["router"], queries, plain["seconds"], plain["ranks"]), value["routing"]
 
 
 def _track(job: Job, results: list[RouterResult]) -> None:

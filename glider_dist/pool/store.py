@@ -137,7 +137,12 @@ class ExpertPool:
         value = read_json(root / "pool.json")
         if value.get("format") != FORMAT:
             raise GliderError(f"{root} has pool format {value.get('format')}, this version reads {FORMAT}")
-        return ExpertPool(root, value["base"], Fingerprint.from_json(value.get("fingerprint", {})))
+        try:
+            return ExpertPool(root, str(value["base"]), Fingerprint.from_json(value.get("fingerprint", {})))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GliderError(
+                f"{root / 'pool.json'} names no base or no shapes of its layers ({error!r})"
+            ) from None
 
     def check_base(self, other: Fingerprint) -> None:
         """Raises GliderError if ``other`` is not the base this pool was made for."""
