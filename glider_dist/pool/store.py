@@ -140,9 +140,7 @@ class ExpertPool:
         try:
             return ExpertPool(root, str(value["base"]), Fingerprint.from_json(value.get("fingerprint", {})))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise GliderError(
-                f"{root / 'pool.json'} names no base or no shapes of its layers ({error!r})"
-            ) from None
+            raise GliderError(f"{root / 'pool.json'} lacks the base or its layers' shapes ({error!r})") from None
 
     def check_base(self, other: Fingerprint) -> None:
         """Raises GliderError if ``other`` is not the base this pool was made for."""

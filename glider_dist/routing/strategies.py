@@ -79,9 +79,7 @@ def resolved(config: RouterConfig, calibration: dict[str, Any]) -> tuple[RouterC
     open_keys = [key for key in PUBLISHED if getattr(config, key) is None]
     for key in open_keys:
         if not isinstance(value := calibration.get(key, 0.0), int | float) or not math.isfinite(value):
-            raise GliderError(
-                f"the pool's calibration.json has {key}={value!r}, not a number; run calibrate again"
-            )
+            raise GliderError(f"calibration.json has {key}={value!r}, not a number; run calibrate again")
     values = {key: float(calibration.get(key, PUBLISHED[key])) for key in open_keys}
     filled: Any = values
     return replace(config, **filled), any(key not in calibration for key in open_keys)
