@@ -417,6 +417,13 @@ def test_there_must_be_a_text_to_answer(text: str, refused: Refused, pool: Exper
     says(refused("predict", text=text), "no text")
 
 
+def test_half_a_surrogate_pair_is_refused(refused: Refused, folder: Path, pool: ExpertPool) -> None:
+    says(refused("predict", text="Repeat. Input: \udcff"), "the text to answer", "surrogate")
+    path = folder / "tasks" / "tasks" / "copy" / "test.jsonl"
+    path.write_text('{"id": "x", "input": "\\ud800", "target": "x"}\n')
+    says(refused("evaluate"), path, "line 1", "input", "surrogate")
+
+
 def test_evaluating_a_task_that_has_no_expert_yet_is_refused(refused: Refused, folder: Path) -> None:
     random_pool(folder / "pool", tiny_causal(), experts=HELD_IN[:2])
     says(refused("evaluate", "evaluate.routers=[base]"), "'last'", "train-experts")
