@@ -417,6 +417,15 @@ def test_there_must_be_a_text_to_answer(text: str, refused: Refused, pool: Exper
     says(refused("predict", text=text), "no text")
 
 
+def test_a_choice_longer_than_the_limit_is_named_before_anything_is_answered(
+    refused: Refused, folder: Path, pool: ExpertPool
+) -> None:
+    path = folder / "tasks" / "tasks" / "copy" / "test.jsonl"
+    path.write_text(json.dumps({"id": "x", "input": "i", "target": "a", "choices": ["a", "b" * 300]}) + "\n")
+    message = refused("evaluate", "evaluate.rank_classification=true", "evaluate.routers=[base]")
+    says(message, "'copy'", "choices of example 'x'", "302 tokens")
+
+
 def test_half_a_surrogate_pair_is_refused(refused: Refused, folder: Path, pool: ExpertPool) -> None:
     says(refused("predict", text="Repeat. Input: \udcff"), "the text to answer", "surrogate")
     path = folder / "tasks" / "tasks" / "copy" / "test.jsonl"

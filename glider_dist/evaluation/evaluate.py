@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glider_dist.errors import GliderError
+from glider_dist.evaluation.choices import check_choices
 from glider_dist.evaluation.queries import Query, make_queries, queries_digest
 from glider_dist.evaluation.report import QueryResult, RouterResult, summary_table, task_table, write_reports
 from glider_dist.evaluation.routers import evaluate_router, router_settings
@@ -49,6 +50,8 @@ def run(job: Job) -> list[RouterResult]:
     if todo:
         pool.check_base(job.fingerprint)
         queries = make_queries(tasks, "test", cfg.evaluate.queries, job.collator, pool.names)
+        if cfg.evaluate.rank_classification:
+            check_choices(job.collator, queries)
         _run_rows(job, pool, queries, todo, rows, key)
     job.ranks.barrier()
     stored = [_stored(rows / f"{kind}.json", key) for kind in cfg.evaluate.routers]
