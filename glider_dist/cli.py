@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an unexpected error, 2 bad input (one sentence says what),
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -22,6 +23,17 @@ from glider_dist.settings import read_config, settings
 from glider_dist.tracking.log_file import EarlyLog
 
 log = logging.getLogger("glider_dist")
+# Of a disk or a path, not of the program.
+_UNWRITABLE = (
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENAMETOOLONG,
+)
 
 
 @dataclass(frozen=True)
@@ -148,11 +160,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         mistake = str(error)
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as error:
         # A collective breaks when another rank leaves it because of a mistake, which that rank has told.
         if told_elsewhere():
             return 2
-        raise
+        if not isinstance(error, OSError) or error.errno not in _UNWRITABLE or error.filename is None:
+            raise
+        mistake = f"{error.filename} cannot be used ({error.strerror})"
     # Here, where the error's frames, which hold the connections to the other ranks, are gone.
     return tell(mistake)
 

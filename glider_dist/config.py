@@ -6,6 +6,7 @@ OmegaConf when the configuration is read, ranges and choices by :meth:`Config.va
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,8 +193,18 @@ class Config:
         }
         positive.update({key: value for key, value in optional.items() if value is not None})
         for key, value in positive.items():
-            if not value > 0:
-                raise GliderError(f"{key} is {value}, but must be greater than 0")
+            if not 0 < value < math.inf:
+                raise GliderError(f"{key} is {value}, but must be greater than 0 and finite")
+        router = self.router
+        for key, value in {
+            "router.alpha_in": router.alpha_in or 0.0,
+            "router.alpha_out": router.alpha_out or 0.0,
+            "router.threshold": router.threshold or 0.0,
+            "train.weight_decay": self.train.weight_decay,
+            "train.max_grad_norm": self.train.max_grad_norm,
+        }.items():
+            if not math.isfinite(value) or (value < 0 and key.startswith("train")):
+                raise GliderError(f"{key} is {value}, but must be a finite number, and in train not negative")
         if self.zero_stage not in (0, 3):
             raise GliderError(
                 f"zero_stage is {self.zero_stage}, but a frozen base is replicated (0) or sharded (3)"
@@ -206,8 +217,9 @@ class Config:
             raise GliderError(f"router.merge_density is {self.router.merge_density}, but must lie in (0, 1]")
         if not 0 <= self.train.warmup_ratio < 1:
             raise GliderError(f"train.warmup_ratio is {self.train.warmup_ratio}, but must lie in [0, 1)")
-        if not self.calibrate.alphas or min(self.calibrate.alphas) < 0:
-            raise GliderError("calibrate.alphas must name at least one value, none of them negative")
+        alphas = self.calibrate.alphas
+        if not alphas or not all(0 <= alpha < math.inf for alpha in alphas):
+            raise GliderError("calibrate.alphas must name at least one value, all finite and none negative")
         both = set(self.tasks.held_in) & set(self.tasks.held_out)
         if both:
             raise GliderError(

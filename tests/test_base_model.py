@@ -19,15 +19,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    BertConfig,
-    EncoderDecoderConfig,
-    EncoderDecoderModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from glider_dist.errors import GliderError
@@ -35,6 +30,7 @@ from glider_dist.model import base as base_module
 from glider_dist.model.base import choose_dtype, load_base
 from glider_dist.model.cache import build_once, weights_hash
 from glider_dist.model.download import MEMBER, SHA256, smollm2_folder
+from glider_dist.testing import tiny_encoder_decoder, tiny_seq2seq
 
 REPOSITORY = Path(__file__).parents[1]
 TOKENS = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "cd"]
@@ -81,34 +77,6 @@ def tiny_llama() -> LlamaForCausalLM:
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config)
-
-
-def tiny_t5() -> T5ForConditionalGeneration:
-    config = T5Config(
-        vocab_size=len(TOKENS),
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
-    return T5ForConditionalGeneration(config)
-
-
-def tiny_bert_to_bert() -> EncoderDecoderModel:
-    bert = BertConfig(
-        vocab_size=len(TOKENS),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(bert, bert, decoder_start_token_id=1)
-    return EncoderDecoderModel(config)
 
 
 def saved(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
@@ -216,15 +184,15 @@ def test_left_padding_does_not_change_a_greedy_answer(tmp_path: Path) -> None:
 
 
 def test_an_encoder_decoder_folder_loads_as_such_and_keeps_padding_on_the_right(tmp_path: Path) -> None:
-    base = load_base(str(saved(tmp_path / "t5", tiny_t5(), tiny_tokenizer(pad_token="<unk>"))), device="cpu")
-    assert isinstance(base.model, T5ForConditionalGeneration)
+    base = load_base(str(saved(tmp_path / "t5", tiny_seq2seq(), tiny_tokenizer(pad_token="<unk>"))), device="cpu")
+    assert isinstance(base.model, type(tiny_seq2seq()))
     assert base.tokenizer.pad_token == "<unk>"
     assert base.tokenizer.padding_side == "right"
 
 
 def test_two_joined_encoders_load_as_an_encoder_decoder_model(tmp_path: Path) -> None:
-    base = load_base(str(saved(tmp_path / "bert2bert", tiny_bert_to_bert())), device="cpu")
-    assert isinstance(base.model, EncoderDecoderModel)
+    base = load_base(str(saved(tmp_path / "bert2bert", tiny_encoder_decoder())), device="cpu")
+    assert isinstance(base.model, type(tiny_encoder_decoder()))
     labels = torch.tensor([[3, 4, 2]])
     assert torch.isfinite(base.model(input_ids=labels, labels=labels).loss)
 
@@ -235,7 +203,7 @@ def test_a_folder_without_config_json_is_refused_by_name(tmp_path: Path) -> None
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    tiny_t5().save_pretrained(tmp_path / "t5")
+    tiny_seq2seq().save_pretrained(tmp_path / "t5")
     with pytest.raises(GliderError, match=f"{tmp_path / 't5'} has no tokenizer files"):
         load_base(str(tmp_path / "t5"), device="cpu")
 

@@ -138,3 +138,17 @@ def test_a_text_is_answered_where_no_run_can_be_recorded(tmp_path: Path) -> None
     random_pool(tmp_path / "pool", tiny_causal(), experts=HELD_IN)
     words = settings(tmp_path, base=base, router__kind="phatgoose", run_dir=base / "config.json")
     assert command("predict", "Repeat the words. Input: sun", *words).code == 0
+
+
+@pytest.mark.parametrize("damage", ["[]", "null", "{", "{}", None])
+def test_a_damaged_row_of_an_earlier_evaluation_is_made_again(damage: str | None, tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", tiny_causal())
+    random_pool(tmp_path / "pool", tiny_causal(), experts=HELD_IN)
+    write_tasks(tmp_path / "tasks")
+    words = settings(tmp_path, base=base, evaluate__routers="[base]", evaluate__queries=1)
+    first = command("evaluate", *words)
+    row = tmp_path / "run" / "rows" / "base.json"
+    whole = json.loads(row.read_text())
+    row.write_text(damage if damage is not None else json.dumps({"key": whole["key"]}))
+    assert command("evaluate", *words).code == first.code == 0
+    assert json.loads(row.read_text())["result"]["queries"] == whole["result"]["queries"]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from routed_models import NEVER
 
 from glider_dist.config import RouterConfig
 from glider_dist.routing.combine import exclusion, shortlist
 from glider_dist.routing.strategies import needs_scores, route_tokens, strategy_of
-
-NEVER = float("-inf")
 
 
 @pytest.mark.parametrize("kind", ["phatgoose", "arrow"])

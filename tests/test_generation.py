@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from routed_models import ALPHAS, MODELS, NEVER
 
 import glider_dist as gd
 from glider_dist.evaluation.choices import cache_name, rank_choices
@@ -20,26 +21,14 @@ from glider_dist.model.attach import context_of
 from glider_dist.model.base import BaseModel, load_base
 from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.engine import FrozenBase
-from glider_dist.parallel.ranks import Ranks
+from glider_dist.parallel.ranks import ALONE
 from glider_dist.tasks.prompt import answer
 from glider_dist.tasks.task import Example, Task
 from glider_dist.testing import (
     random_pool,
     save_tiny_base,
-    tiny_causal,
-    tiny_encoder_decoder,
-    tiny_qwen,
-    tiny_seq2seq,
 )
 
-NEVER = float("-inf")
-ALONE = Ranks(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"), control=None)
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": tiny_causal,
-    "qwen": tiny_qwen,
-    "t5": tiny_seq2seq,
-    "bert": tiny_encoder_decoder,
-}
 PROMPTS = ["Name the colour of the sky.\nOutput:", "2 + 2 =", "Translate: bonjour, tout le monde", "Q", "zebra!?"]
 # The nearest expert, and with it alpha, differs between the queries.
 SIMILARITY = torch.tensor(
@@ -52,7 +41,6 @@ SIMILARITY = torch.tensor(
     ]
 )
 OWNERS = torch.tensor([4, 0, 2, 2, 1])
-ALPHAS: dict[str, Any] = {"alpha_in": 6.0, "alpha_out": 1.5, "threshold": 0.5}
 ROUTERS = {
     "glider": gd.RouterConfig(**ALPHAS),
     "topp": gd.RouterConfig(top_p=0.7, **ALPHAS),

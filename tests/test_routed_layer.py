@@ -12,10 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import routed_models
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from routed_models import ALPHAS, NEVER
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -37,22 +39,18 @@ from glider_dist.model.engine import FrozenBase
 from glider_dist.model.loading import load_banks
 from glider_dist.model.routed import RoutedLinear
 from glider_dist.model.sites import linear_sites
-from glider_dist.parallel.ranks import Ranks
+from glider_dist.parallel.ranks import ALONE
 from glider_dist.pool import SiteLora
 from glider_dist.routing.route import Route, top_k_route, top_p_route
 from glider_dist.testing import (
     random_pool,
     save_tiny_base,
     tiny_causal,
-    tiny_encoder_decoder,
-    tiny_qwen,
     tiny_seq2seq,
 )
 from glider_dist.training.experts import _installed
 from glider_dist.training.fit import Runner
 
-NEVER = float("-inf")
-ALONE = Ranks(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"), control=None)
 SMALL = {"layers": 2, "ffn_dim": 80, "attention_heads": 4}
 
 
@@ -64,16 +62,9 @@ def tiny_bart() -> Any:
     return BartForConditionalGeneration(config).eval()
 
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": tiny_causal,
-    "qwen": tiny_qwen,
-    "t5": tiny_seq2seq,
-    "bert": tiny_encoder_decoder,
-    "bart": tiny_bart,
-}
+MODELS: dict[str, Callable[[], Any]] = {**routed_models.MODELS, "bart": tiny_bart}
 # With absolute positions, padding on the left moves the tokens.
 ABSOLUTE = {("bert", True), ("bart", True)}
-ALPHAS: dict[str, Any] = {"alpha_in": 6.0, "alpha_out": 1.5, "threshold": 0.5}
 CHOICES: dict[str, dict[str, Any]] = {
     "top1": {"top_k": 1},
     "top2": {"top_k": 2},

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import ArrowConfig, PeftModel, create_arrow_model
+from routed_models import ALPHAS, NEVER
 from torch import nn
 
 import glider_dist as gd
@@ -31,10 +32,8 @@ from glider_dist.pool.files import write_tensors
 from glider_dist.routing.local import arrow_prototypes
 from glider_dist.testing import random_pool, tiny_causal, tiny_seq2seq
 
-NEVER = float("-inf")
 MODELS: dict[str, Callable[[], Any]] = {"llama": tiny_causal, "t5": tiny_seq2seq}
 IDS = torch.tensor([[5, 9, 77, 130, 41, 200, 8], [60, 61, 5, 9, 250, 33, 7]])
-ALPHAS: dict[str, Any] = {"alpha_in": 6.0, "alpha_out": 1.5, "threshold": 0.5}
 
 
 def logits_of(model: Any) -> torch.Tensor:

@@ -13,11 +13,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from glider_dist.errors import GliderError
 from glider_dist.evaluation.queries import Query, Scope
 from glider_dist.model.batch import Collator, Encoded
 from glider_dist.tasks.prompt import answer
 
 Inputs = dict[str, torch.Tensor]
+
+
+def check_choices(collator: Collator, queries: Sequence[Query]) -> None:
+    """Raises GliderError for a choice that is too long, before hours of other work are done."""
+    for query in queries:
+        for choice in query.example.choices or ():
+            try:
+                collator.encode("", answer(choice))
+            except GliderError as error:
+                raise GliderError(
+                    f"task {query.task.name!r}, choices of example {query.example.id!r}: {error}"
+                ) from None
 
 
 @torch.no_grad()

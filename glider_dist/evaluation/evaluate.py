@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glider_dist.errors import GliderError
+from glider_dist.evaluation.choices import check_choices
 from glider_dist.evaluation.queries import Query, make_queries, queries_digest
 from glider_dist.evaluation.report import QueryResult, RouterResult, summary_table, task_table, write_reports
 from glider_dist.evaluation.routers import evaluate_router, router_settings
@@ -53,6 +54,8 @@ def run(job: Job) -> list[RouterResult]:
     if todo:
         pool.check_base(job.fingerprint)
         queries = make_queries(tasks, "test", cfg.evaluate.queries, job.collator, pool.names)
+        if cfg.evaluate.rank_classification:
+            check_choices(job.collator, queries)
         _run_rows(job, pool, queries, todo, rows, key)
     job.ranks.barrier()
     stored = [_stored(rows / f"{kind}.json", key) for kind in cfg.evaluate.routers]
@@ -127,12 +130,16 @@ def rows_key(job: Job, pool: ExpertPool) -> str:
 def _stored(path: Path, key: str) -> tuple[RouterResult, dict[str, Any]] | None:
     if not path.exists():
         return None
-    value = read_json(path)
-    if value.get("key") != key:
+    try:
+        value = read_json(path)
+        if value.get("key") != key:
+            return None
+        plain = value["result"]
+        queries = tuple(QueryResult(**query) for query in plain["queries"])
+        return RouterResult(plain["router"], queries, plain["seconds"], plain["ranks"]), value["routing"]
+    except (GliderError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s) and made again", path, error)
         return None
-    plain = value["result"]
-    queries = tuple(QueryResult(**query) for query in plain["queries"])
-    return RouterResult(plain["router"], queries, plain["seconds"], plain["ranks"]), value["routing"]
 
 
 def _track(job: Job, results: list[RouterResult]) -> None:

@@ -16,6 +16,7 @@ from glider_dist.pool import ExpertPool
 from glider_dist.routing.strategies import check_router, needs_scores
 from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.index import GlobalRouter
+from glider_dist.tasks.record import check_text
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def predict(job: Job, pool: ExpertPool, text: str) -> Prediction:
     """
     if not text.strip():
         raise GliderError("there is no text to answer")
+    check_text(text, "the text to answer")
     if check_router(job.cfg.router, len(pool)).static == "assigned":
         raise GliderError("router.kind=oracle needs to know the query's task; choose another router for predict")
     instruction, prompt = split_text(text)

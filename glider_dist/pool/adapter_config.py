@@ -21,8 +21,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     config = read_json(path)
-    if not isinstance(config, dict):
-        raise GliderError(f"{path} must hold a JSON object")
     kind = str(config.get("peft_type", "")).upper()
     if kind != "LORA":
         raise GliderError(f"{path}: peft_type is {kind or 'missing'}; only LORA adapters can be experts")

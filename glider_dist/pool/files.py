@@ -51,21 +51,30 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
+        temporary.write_text(
+            json.dumps(value, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8"
+        )
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file.
 
     Raises:
-        GliderError: if it is missing or malformed, naming the file and the line.
+        GliderError: if it is missing, malformed or no object, naming the file and the line.
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GliderError(f"{path} does not exist") from None
+    except OSError as error:
+        raise GliderError(f"{path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise GliderError(f"{path} is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise GliderError(f"{path} line {error.lineno} is not valid JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise GliderError(f"{path} must hold a JSON object, not {json.dumps(value):.40}")
+    return value
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -132,7 +141,7 @@ def write_new_json(path: Path, value: Any) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         sync_file(temporary)
         try:
             os.link(temporary, path)

@@ -79,8 +79,6 @@ class PeftFolder:
         """What an exported expert brings along; its hashes are made anew."""
         path = self.folder / CARD_FILE
         card = read_json(path) if path.exists() else {}
-        if not isinstance(card, dict):
-            return {}
         return {key: value for key, value in card.items() if key not in ("name", "files", "summary", "origin")}
 
     def fill(self, folder: Path, base: str, known: Mapping[str, Any]) -> None:

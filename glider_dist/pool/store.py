@@ -146,7 +146,10 @@ class ExpertPool:
         value = read_json(root / "pool.json")
         if value.get("format") != FORMAT:
             raise GliderError(f"{root} has pool format {value.get('format')}, this version reads {FORMAT}")
-        return ExpertPool(root, value["base"], Fingerprint.from_json(value.get("fingerprint", {})))
+        try:
+            return ExpertPool(root, str(value["base"]), Fingerprint.from_json(value.get("fingerprint", {})))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GliderError(f"{root / 'pool.json'} lacks the base or its layers' shapes ({error!r})") from None
 
     def check_base(self, other: Fingerprint) -> None:
         """Raises GliderError if ``other`` is not the base this pool was made for."""

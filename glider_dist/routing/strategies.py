@@ -11,6 +11,7 @@ norm includes the factor s, as the expert's output does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -71,8 +72,14 @@ def resolved(config: RouterConfig, calibration: dict[str, Any]) -> tuple[RouterC
 
     Returns:
         The full config, and whether published defaults had to stand in.
+
+    Raises:
+        GliderError: if one that is needed is no number in the calibration.
     """
     open_keys = [key for key in PUBLISHED if getattr(config, key) is None]
+    for key in open_keys:
+        if not isinstance(value := calibration.get(key, 0.0), int | float) or not math.isfinite(value):
+            raise GliderError(f"calibration.json has {key}={value!r}, not a number; run calibrate again")
     values = {key: float(calibration.get(key, PUBLISHED[key])) for key in open_keys}
     filled: Any = values
     return replace(config, **filled), any(key not in calibration for key in open_keys)

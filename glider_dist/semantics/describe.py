@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool
+from glider_dist.pool.adapter import CARD_FILE
 
 if TYPE_CHECKING:
     from glider_dist.job import Job
@@ -18,8 +19,21 @@ log = logging.getLogger(__name__)
 
 
 def descriptions_of(pool: ExpertPool) -> dict[str, list[str]]:
-    """``{expert: descriptions}`` from the cards, in the pool's order."""
-    return {expert.name: list(expert.card().get("descriptions", [])) for expert in pool.experts()}
+    """``{expert: descriptions}`` from the cards, in the pool's order.
+
+    Raises:
+        GliderError: if a card has something else there than sentences.
+    """
+    found = {}
+    for expert in pool.experts():
+        texts = expert.card().get("descriptions") or []
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise GliderError(
+                f"the descriptions in {expert.folder / CARD_FILE} are no list of sentences; write some, or [] and "
+                "run describe"
+            )
+        found[expert.name] = texts
+    return found
 
 
 def describe_task(task: Task) -> tuple[list[str], str]:

@@ -105,7 +105,15 @@ def texts(value: Any, what: str, where: str) -> tuple[str, ...]:
         return ()
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
         raise GliderError(f"{where}: {what} must be a list of non-empty strings")
+    for text in value:
+        check_text(text, f"{where}: {what}")
     return tuple(value)
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises GliderError if the text holds half of a surrogate pair, which JSON and a shell let through."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise GliderError(f"{what} holds a character that is no Unicode (half a surrogate pair); write it anew")
 
 
 def make_example(row: dict[str, Any], choices: tuple[str, ...] | None, where: str) -> Example:
@@ -122,6 +130,7 @@ def make_example(row: dict[str, Any], choices: tuple[str, ...] | None, where: st
             raise GliderError(f"{where}: {key} is {value!r}, but must be text in quotation marks")
         if not value.strip():
             raise GliderError(f"{where}: {key} is empty")
+        check_text(value, f"{where}: {key}")
     choices = texts(row.get("choices"), "choices", where) or choices
     if choices and row["target"] not in choices:
         raise GliderError(f"{where}: the target {row['target']!r} is not among the choices {list(choices)}")

@@ -24,24 +24,23 @@ def _date(style: str, rng: random.Random) -> tuple[str, str]:
     return f"{year}-{month:02d}-{day:02d}", written
 
 
-def _plan(rng: random.Random) -> str:
-    return f"{rng.choice(NAMES)} {rng.choice(ACTIVITIES)}"
-
-
-def _month_number(rng: random.Random) -> tuple[str, str]:
-    month = rng.randrange(12)
-    return f"{_plan(rng)} in {_MONTHS[month]}", str(month + 1)
-
-
-def _next(preposition: str, cycle: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
+def _planned(
+    preposition: str, cycle: tuple[str, ...], answers: tuple[str, ...], rng: random.Random
+) -> tuple[str, str]:
+    """Something planned for one entry of a cycle, and the answer at that place."""
     now = rng.randrange(len(cycle))
-    return f"{_plan(rng)} {preposition} {cycle[now]}", cycle[(now + 1) % len(cycle)]
+    plan = f"{rng.choice(NAMES)} {rng.choice(ACTIVITIES)}"
+    return f"{plan} {preposition} {cycle[now]}", answers[now]
+
+
+def _after(cycle: tuple[str, ...]) -> tuple[str, ...]:
+    return cycle[1:] + cycle[:1]
 
 
 DRAWS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "date_in_words": partial(_date, "british"),
     "date_american": partial(_date, "american"),
-    "month_number": _month_number,
-    "next_weekday": partial(_next, "on", _WEEKDAYS),
-    "next_month": partial(_next, "in", _MONTHS),
+    "month_number": partial(_planned, "in", _MONTHS, tuple(str(number) for number in range(1, 13))),
+    "next_weekday": partial(_planned, "on", _WEEKDAYS, _after(_WEEKDAYS)),
+    "next_month": partial(_planned, "in", _MONTHS, _after(_MONTHS)),
 }

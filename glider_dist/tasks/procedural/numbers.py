@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from glider_dist.tasks.procedural.vocabulary import NOUNS, listed
 
@@ -12,33 +13,21 @@ _UNIT_RANKS = listed("first second third fourth fifth sixth seventh eighth ninth
 _TENS = listed("twenty thirty forty fifty sixty seventy eighty ninety")
 
 
-def _larger_number(rng: random.Random) -> tuple[str, str]:
-    first, second = rng.sample(range(10, 100), 2)
-    return f"{first} and {second}", str(max(first, second))
+def _largest(count: int, rng: random.Random) -> tuple[str, str]:
+    *others, last = rng.sample(range(10, 100), count)
+    return f"{', '.join(map(str, others))} and {last}", str(max(*others, last))
 
 
-def _largest_of_three(rng: random.Random) -> tuple[str, str]:
-    first, second, third = rng.sample(range(10, 100), 3)
-    return f"{first}, {second} and {third}", str(max(first, second, third))
-
-
-def _digits_to_words(rng: random.Random) -> tuple[str, str]:
+def _in_words(round_tens: tuple[str, ...], units: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
     number = rng.randint(20, 99)
-    tens, unit = _TENS[number // 10 - 2], number % 10
-    written = f"{tens}-{_UNITS[unit - 1]}" if unit else tens
+    tens, unit = divmod(number, 10)
+    written = f"{_TENS[tens - 2]}-{units[unit - 1]}" if unit else round_tens[tens - 2]
     return f"{number} {rng.choice(NOUNS)[1]}", written
 
 
-def _digits_to_ordinal(rng: random.Random) -> tuple[str, str]:
-    number = rng.randint(20, 99)
-    tens, unit = _TENS[number // 10 - 2], number % 10
-    rank = f"{tens}-{_UNIT_RANKS[unit - 1]}" if unit else tens.replace("ty", "tieth")
-    return f"{number} {rng.choice(NOUNS)[1]}", rank
-
-
 DRAWS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "larger_number": _larger_number,
-    "largest_of_three": _largest_of_three,
-    "digits_to_words": _digits_to_words,
-    "digits_to_ordinal": _digits_to_ordinal,
+    "larger_number": partial(_largest, 2),
+    "largest_of_three": partial(_largest, 3),
+    "digits_to_words": partial(_in_words, _TENS, _UNITS),
+    "digits_to_ordinal": partial(_in_words, tuple(tens.replace("ty", "tieth") for tens in _TENS), _UNIT_RANKS),
 }

@@ -19,6 +19,7 @@ from glider_dist.tasks.procedural.vocabulary import (
     SURNAMES,
     VERBS,
     listed,
+    one_of,
 )
 
 _DOMAIN_STARTS = listed("blue green north river stone bright star sun moon lake hill city home fast smart open")
@@ -30,66 +31,69 @@ _FILM_PARTS = listed(
 _DEGREES = listed("really quite simply very truly")
 
 
+_COLOURED = (
+    "The {size} {colour} {thing} is next to the {other}",
+    "{name} has a {size} {thing} and a {colour} {other}",
+    "{name} put the {colour} {thing} on the {size} {other}",
+    "We saw the {size} {thing} behind the {colour} {other}",
+)
+_HANDOVERS = (
+    "{giver} gave {receiver} the {thing}",
+    "{giver} handed the {thing} to {receiver}",
+    "{receiver} got the {thing} from {giver}",
+    "The {thing} was sent to {receiver} by {giver}",
+)
+_MAILS = (
+    "Please write to {address}",
+    "My address is {address} since May",
+    "Send the {thing} photos to {address}",
+    "{address} did not answer",
+)
+_REMARKS = (
+    "The {thing} is {degree} {first}",
+    "I {feeling} this {thing}, it is {first}",
+    "The {thing} was {first} and {second}",
+    "{start} {thing}, {degree} {second}",
+)
+_QUESTIONS = {
+    "human": ("Who {past} the {thing}?", "Which friend of {name} {past} the {thing}?"),
+    "spot": ("Where did {name} {base} the {thing}?", "In which town did {name} {base} the {thing}?"),
+    "moment": ("When did {name} {base} the {thing}?", "On which day did {name} {base} the {thing}?"),
+    "amount": ("How many {thing}s did {name} {base}?", "What number of {thing}s did {name} {base}?"),
+}
+
+
 def _colour_word(rng: random.Random) -> tuple[str, str]:
     colour, size, name = rng.choice(COLOURS), rng.choice(SIZES), rng.choice(NAMES)
     thing, other = rng.sample(OBJECTS, 2)
-    sentences = (
-        f"The {size} {colour} {thing} is next to the {other}",
-        f"{name} has a {size} {thing} and a {colour} {other}",
-        f"{name} put the {colour} {thing} on the {size} {other}",
-        f"We saw the {size} {thing} behind the {colour} {other}",
-    )
-    return rng.choice(sentences), colour
+    return one_of(rng, _COLOURED, colour=colour, size=size, name=name, thing=thing, other=other), colour
 
 
 def _handover(asked: str, rng: random.Random) -> tuple[str, str]:
     giver, receiver = rng.sample(NAMES, 2)
-    thing = rng.choice(OBJECTS)
-    sentences = (
-        f"{giver} gave {receiver} the {thing}",
-        f"{giver} handed the {thing} to {receiver}",
-        f"{receiver} got the {thing} from {giver}",
-        f"The {thing} was sent to {receiver} by {giver}",
-    )
-    return rng.choice(sentences), giver if asked == "giver" else receiver
+    people = {"giver": giver, "receiver": receiver}
+    return one_of(rng, _HANDOVERS, **people, thing=rng.choice(OBJECTS)), people[asked]
 
 
 def _address(asked: str, rng: random.Random) -> tuple[str, str]:
     user = f"{rng.choice(NAMES).lower()}.{rng.choice(SURNAMES)}"
     domain = f"{rng.choice(_DOMAIN_STARTS)}{rng.choice(_DOMAIN_ENDS)}.{rng.choice(('com', 'org', 'net'))}"
-    sentences = (
-        f"Please write to {user}@{domain}",
-        f"My address is {user}@{domain} since May",
-        f"Send the {rng.choice(OBJECTS)} photos to {user}@{domain}",
-        f"{user}@{domain} did not answer",
-    )
-    return rng.choice(sentences), user if asked == "user" else domain
+    thing = rng.choice(OBJECTS)
+    return one_of(rng, _MAILS, address=f"{user}@{domain}", thing=thing), user if asked == "user" else domain
 
 
 def _verdict(things: tuple[str, ...], rng: random.Random) -> tuple[str, str]:
     verdict = rng.choice(("plus", "minus"))
     first, second = rng.sample(PRAISE if verdict == "plus" else BLAME, 2)
     feeling = rng.choice(("love", "enjoy", "like") if verdict == "plus" else ("hate", "regret", "dislike"))
-    thing, degree = rng.choice(things), rng.choice(_DEGREES)
-    remarks = (
-        f"The {thing} is {degree} {first}",
-        f"I {feeling} this {thing}, it is {first}",
-        f"The {thing} was {first} and {second}",
-        f"{first.capitalize()} {thing}, {degree} {second}",
-    )
-    return rng.choice(remarks), verdict
+    words = {"thing": rng.choice(things), "degree": rng.choice(_DEGREES), "start": first.capitalize()}
+    return one_of(rng, _REMARKS, **words, first=first, second=second, feeling=feeling), verdict
 
 
 def _question_kind(rng: random.Random) -> tuple[str, str]:
     name, thing, (base, past, _) = rng.choice(NAMES), rng.choice(OBJECTS), rng.choice(VERBS)
-    questions = {
-        "human": (f"Who {past} the {thing}?", f"Which friend of {name} {past} the {thing}?"),
-        "spot": (f"Where did {name} {base} the {thing}?", f"In which town did {name} {base} the {thing}?"),
-        "moment": (f"When did {name} {base} the {thing}?", f"On which day did {name} {base} the {thing}?"),
-        "amount": (f"How many {thing}s did {name} {base}?", f"What number of {thing}s did {name} {base}?"),
-    }
-    kind = rng.choice(tuple(questions))
-    return rng.choice(questions[kind]), kind
+    kind = rng.choice(tuple(_QUESTIONS))
+    return one_of(rng, _QUESTIONS[kind], name=name, thing=thing, base=base, past=past), kind
 
 
 DRAWS: dict[str, Callable[[random.Random], tuple[str, str]]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 
 def listed(text: str) -> tuple[str, ...]:
     """The words of a text."""
@@ -11,6 +13,11 @@ def listed(text: str) -> tuple[str, ...]:
 def grouped(text: str) -> tuple[tuple[str, ...], ...]:
     """The forms of each word of a text, which are separated by slashes."""
     return tuple(tuple(forms.split("/")) for forms in text.split())
+
+
+def one_of(rng: random.Random, templates: tuple[str, ...], **words: object) -> str:
+    """One of the templates, filled."""
+    return rng.choice(templates).format(**words)
 
 
 NAMES = listed(

@@ -18,8 +18,10 @@ from glider_dist.tasks.procedural.vocabulary import (
     OBJECTS,
     OPPOSITES,
     VERBS,
+    one_of,
 )
 
+_REMARKS = ("The {thing} is {word}", "This {thing} looks {word}", "How {word} the {thing} is")
 _LINE = (*OBJECTS, *COLOURS, *(base for base, _, _ in VERBS))
 
 
@@ -53,8 +55,7 @@ def _verb(form: int, rng: random.Random) -> tuple[str, str]:
 def _opposite(rng: random.Random) -> tuple[str, str]:
     word, opposite = rng.sample(rng.choice(OPPOSITES), 2)
     thing = rng.choice(OBJECTS)
-    remarks = (f"The {thing} is {word}", f"This {thing} looks {word}", f"How {word} the {thing} is")
-    return rng.choice(remarks), opposite
+    return one_of(rng, _REMARKS, thing=thing, word=word), opposite
 
 
 DRAWS: dict[str, Callable[[random.Random], tuple[str, str]]] = {

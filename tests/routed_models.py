@@ -1,0 +1,17 @@
+"""What the tests of routed models share: tiny models, and weights of the global score that make a difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from glider_dist.testing import tiny_causal, tiny_encoder_decoder, tiny_qwen, tiny_seq2seq
+
+NEVER = float("-inf")
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny_causal,
+    "qwen": tiny_qwen,
+    "t5": tiny_seq2seq,
+    "bert": tiny_encoder_decoder,
+}
+ALPHAS: dict[str, Any] = {"alpha_in": 6.0, "alpha_out": 1.5, "threshold": 0.5}
