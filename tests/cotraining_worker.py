@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node N cotraining_worker.py ZERO_STAGE DTYPE FILE
 
-trains experts, then gates, and writes their weights, losses and validations to FILE, and fails if the base has changed.
+trains experts, then gates, and writes their weights, losses and validations to FILE; fails if the base has changed.
 """
 
 from __future__ import annotations
