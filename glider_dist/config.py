@@ -55,6 +55,12 @@ class TrainConfig:
     max_grad_norm: float = _setting(1.0, "clip each expert's gradient norm at this value; 0: no clipping")
     eval_every: int = _setting(100, "validate every so many steps and at the end; the best weights are kept")
     eval_examples: int = _setting(64, "validation examples per task and validation")
+    patience: int | None = _setting(
+        None, "validations in a row without a better loss that end an expert's training; None: no early stop"
+    )
+    save_minutes: float = _setting(
+        10.0, "keep experts that are in training in run_dir/unfinished so often, for a restart after a kill"
+    )
     max_failures: int = _setting(
         5, "steps in a row whose loss or gradient is not finite (they are skipped) that end an expert's training"
     )
@@ -170,6 +176,7 @@ class Config:
             "train.eval_examples": self.train.eval_examples,
             "train.experts_in_flight": self.train.experts_in_flight,
             "train.max_failures": self.train.max_failures,
+            "train.save_minutes": self.train.save_minutes,
             "lora.rank": self.lora.rank,
             "lora.alpha": self.lora.alpha,
             "router.top_k": self.router.top_k,
@@ -187,6 +194,7 @@ class Config:
         optional = {
             "tasks.limit": self.tasks.limit,
             "train.micro_batch_size": self.train.micro_batch_size,
+            "train.patience": self.train.patience,
             "train.micro_batch_tokens": self.train.micro_batch_tokens,
             "train.gate_batch_size": self.train.gate_batch_size,
             "router.shortlist": self.router.shortlist,

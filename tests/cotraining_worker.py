@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node N cotraining_worker.py ZERO_STAGE DTYPE FILE
 
-trains experts, then gates, and writes their weights, losses and validations to FILE; fails if the base has changed.
+trains experts, then gates, and writes their weights, losses and validations to FILE. Fails if the base
+has changed.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from glider_dist.training.order import share_out
 from glider_dist.training.runner import Runner, installed
 from glider_dist.training.slots import ExpertSlots, GateSlots, Slots
 from glider_dist.training.trainee import Recipe, Trainee
+from glider_dist.training.unfinished import Unfinished
 
 SIZES = {"one": 3, "two": 5, "three": 9, "four": 14, "five": 20, "six": 31}
 KINDS = ("expert", "gate")
 STEPS = 50
-MIXED = Packing(tokens=160, enough=160, overhead=16)
+MIXED = Packing(tokens=160, enough=160, mixed=160, overhead=16)
 CPU = torch.device("cpu")
 
 
@@ -102,17 +104,16 @@ def train(
     slots: int,
     packing: Packing = MIXED,
     checkpointing: bool = False,
-    most_failures: int = 5,
+    unfinished: Unfinished | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train on this rank; by name the best row ``[n]``, losses, validations and what else to compare."""
     made = slots_for(base, kind, slots)
-    loop = CoTraining(Runner(frozen, Collator(base, 128), made), trainees, packing, most_failures)
+    loop = CoTraining(Runner(frozen, Collator(base, 128), made), trainees, packing, unfinished)
     found: dict[str, dict[str, Any]] = {}
 
     def retire(trainee: Trainee, row: torch.Tensor) -> None:
         found[trainee.name] = {
-            "row": row, "losses": trainee.losses, "validation": trainee.validation, "best_step": trainee.best_step,
-            "skipped": trainee.skipped, "stopped": trainee.stopped, "tensors": made.tensors(row[None]),
+            **dataclasses.asdict(trainee.progress), "row": row, "tensors": made.tensors(row[None]),
         }  # fmt: skip
 
     with installed(frozen.model, (), made.seen(), gated=kind == "gate", checkpointing=checkpointing):

@@ -19,6 +19,7 @@ from glider_dist.training.adamw import StackedAdamW, all_finite, row_norms
 from glider_dist.training.batches import MicroBatch, Packing, micro_batches
 from glider_dist.training.runner import Runner
 from glider_dist.training.trainee import Trainee
+from glider_dist.training.unfinished import Unfinished
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,20 @@ class Turn:
 class CoTraining:
     """The experts of one rank: some in slots, others waiting."""
 
-    def __init__(self, runner: Runner, trainees: Sequence[Trainee], packing: Packing, most_failures: int):
+    def __init__(
+        self,
+        runner: Runner,
+        trainees: Sequence[Trainee],
+        packing: Packing,
+        unfinished: Unfinished | None = None,
+    ):
         self.runner = runner
         self.slots = runner.slots
         self.optimizer = StackedAdamW(self.slots.weights)
         self.packing = packing
-        self.most_failures = most_failures
+        self.unfinished = unfinished
         # Neighbours in slots share forwards, so let them be of like length.
-        self._waiting = sorted(trainees, key=lambda trainee: sum(map(len, trainee.train)) / len(trainee.train))
+        self._waiting = sorted(trainees, key=lambda trainee: trainee.mean_length)
         self._active: dict[int, Trainee] = {}
 
     def run(
@@ -62,33 +69,41 @@ class CoTraining:
             # Views of neighbouring rows are strided on purpose; their gradients have the same strides.
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
             while self._waiting or self._active:
-                self._fill()
-                on_turn(self._turn())
+                self.fill()
+                on_turn(self.turn())
                 for slot in list(self._active):
                     self._after_step(slot, retire)
+                if self.unfinished and self.unfinished.due:
+                    self.unfinished.save(self._active, self.slots, self.optimizer)
             self.runner.finish()
 
     def _after_step(self, slot: int, retire: Callable[[Trainee, torch.Tensor], Any]) -> None:
         trainee = self._active[slot]
-        if trainee.validates and not trainee.stopped:
+        if trainee.validates:
             trainee.validated(self.mean_loss(slot, trainee.validate), self.slots.weights[slot])
         if trainee.done:
             del self._active[slot]
             retire(trainee, self._result(trainee))
+            if self.unfinished:
+                self.unfinished.remove(trainee.name)
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
+        """Give free slots to waiting experts."""
         for slot in range(len(self.slots.names)):
             if slot not in self._active and self._waiting:
                 trainee = self._waiting.pop(0)
                 self.slots.enter(slot, trainee.name)
                 self.optimizer.reset(slot)
-                self._active[slot] = trainee.start()
+                if self.unfinished:
+                    self.unfinished.load(slot, trainee, self.slots, self.optimizer)
+                self._active[slot] = trainee
 
-    def _turn(self) -> Turn:
+    def turn(self) -> Turn:
+        """One step of every expert in a slot."""
         chosen = {slot: trainee.draw() for slot, trainee in sorted(self._active.items())}
         # An expert that has just failed may fail again, and a forward that it shares spreads its NaN: zero weights
         # do not hide it from the others in grouped products.
-        apart = {slot for slot, trainee in self._active.items() if trainee.failing}
+        apart = {slot for slot, trainee in self._active.items() if trainee.progress.failing}
         losses, norms = self._gradients(chosen, micro_batches(chosen, self.packing, apart))
         bad = {slot for slot in chosen if not all_finite([losses[slot], norms[slot]])}
         if bad - apart:
@@ -96,12 +111,14 @@ class CoTraining:
             losses, norms = self._gradients(chosen, micro_batches(chosen, self.packing, set(chosen)))
             bad = {slot for slot in chosen if not all_finite([losses[slot], norms[slot]])}
         updates = {
-            slot: trainee.recipe.update(trainee.step) for slot, trainee in self._active.items() if slot not in bad
+            slot: trainee.recipe.update(trainee.progress.step)
+            for slot, trainee in self._active.items()
+            if slot not in bad
         }
         self.optimizer.step(self.slots.weights, self.slots.grads, updates, norms)
         for slot, trainee in self._active.items():
             self.slots.grads[slot].zero_()
-            trainee.took(losses[slot], slot not in bad, self.most_failures)
+            trainee.took(losses[slot], slot not in bad)
         rates = [update.learning_rate for update in updates.values()]
         return Turn(list(losses.values()), list(norms.values()), rates)
 

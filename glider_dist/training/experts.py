@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
 from glider_dist.model.batch import Encoded
@@ -30,6 +33,7 @@ from glider_dist.training.runner import Runner, installed
 from glider_dist.training.slots import ExpertSlots, GateSlots, Slots
 from glider_dist.training.summary import report
 from glider_dist.training.trainee import Recipe, Trainee
+from glider_dist.training.unfinished import Unfinished, training_key
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +64,7 @@ def train_experts(job: Job) -> None:
         there.check_base(job.fingerprint)
     lora, cfg = job.cfg.lora, job.cfg
     chosen = linear_sites(job.base.model, lora.targets)
-    trainees = [_trainee(job, task, Recipe.of(cfg.train, cfg.seed)) for task in todo]
+    trainees = [_trainee(job, task, _recipe(job, task)) for task in todo]
     pool = job.create_pool()
     targets = peft_targets(chosen, job.base.model)
     task_type = "SEQ_2_SEQ_LM" if job.collator.seq2seq else "CAUSAL_LM"
@@ -80,11 +84,18 @@ def train_experts(job: Job) -> None:
                 "definition": task.definition,
                 "category": task.category,
                 "training": {"rank": lora.rank, "alpha": lora.alpha, **trainee.record()},
-                "scores": {"validation_loss": trainee.best_loss} if trainee.best_step else {},
+                "scores": {"validation_loss": trainee.progress.best_loss} if trainee.best is not None else {},
             },
         )
 
-    _train(job, "expert", trainees, slots, store)
+    _train(
+        job,
+        "expert",
+        trainees,
+        slots,
+        store,
+        lambda name: (repr(lora), repr(job.fingerprint), str(job.base.dtype)),
+    )
 
 
 def train_gates(job: Job) -> None:
@@ -107,7 +118,7 @@ def train_gates(job: Job) -> None:
         sites_of[task.name] = set(info.shapes)
         ranks |= {site: max(rank, ranks.get(site, 0)) for site, rank in info.ranks.items()}
     shapes = {site: shape for site, shape in known.items() if site in ranks}
-    trainees = [_trainee(job, task, Recipe.of(job.cfg.train, job.cfg.seed, gate=True)) for task in todo]
+    trainees = [_trainee(job, task, _recipe(job, task, gate=True)) for task in todo]
 
     def slots(count: int) -> GateSlots:
         def read(name: str) -> dict[str, SiteLora]:
@@ -119,11 +130,29 @@ def train_gates(job: Job) -> None:
         gate = {site: v for site, v in made.gate_of(row).items() if site in sites_of[trainee.name]}
         pool.expert(trainee.name).write_gate(gate, gate_training=trainee.record())
 
-    _train(job, "gate", trainees, slots, store)
+    _train(
+        job,
+        "gate",
+        trainees,
+        slots,
+        store,
+        lambda name: (repr(pool.expert(name).card()["files"]), str(job.base.dtype)),
+    )
 
 
 def _dtype(job: Job) -> torch.dtype:
     return torch.promote_types(job.base.dtype, torch.float32)
+
+
+def _recipe(job: Job, task: Task, gate: bool = False) -> Recipe:
+    """The configured recipe with the task's own settings in place of the job's."""
+    try:
+        train: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(job.cfg.train), task.settings))
+        Config(train=train).validate()
+    except (GliderError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise GliderError(f"the settings of task {task.name!r} under 'train': {reason}") from None
+    return Recipe.of(train, job.cfg.seed, gate)
 
 
 def _trainee(job: Job, task: Task, recipe: Recipe) -> Trainee:
@@ -147,6 +176,7 @@ def _train(
     trainees: Sequence[Trainee],
     make: Callable[[int], S],
     store: Callable[[S, Trainee, torch.Tensor], None],
+    parts: Callable[[str], Sequence[str]],
 ) -> None:
     """Share the trainees out, train this rank's, store each when it is done and report on all.
 
@@ -159,7 +189,9 @@ def _train(
     slots = make(max(1, min(train.experts_in_flight, len(mine))))
     runner = Runner(job.frozen, job.collator, slots)
     packing = packing_for(job.base.device, train.micro_batch_tokens, train.micro_batch_size)
-    loop = CoTraining(runner, mine, packing, train.max_failures)
+    keys = {trainee.name: training_key(trainee, *parts(trainee.name)) for trainee in mine}
+    unfinished = Unfinished(job.run_dir / "unfinished" / kind, keys, train.save_minutes)
+    loop = CoTraining(runner, mine, packing, unfinished)
     if ranks.is_main:
         log.info(
             "up to %d %ss at a time on a rank, %.1f MB each in training (%.1f of them AdamW moments)",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Recipe:
     warmup_ratio: float
     max_grad_norm: float
     eval_every: int
+    patience: int | None
+    max_failures: int
 
     @staticmethod
     def of(train: TrainConfig, seed: int, gate: bool = False) -> Recipe:
@@ -40,6 +42,8 @@ class Recipe:
             warmup_ratio=train.warmup_ratio,
             max_grad_norm=train.max_grad_norm,
             eval_every=train.eval_every,
+            patience=train.patience,
+            max_failures=train.max_failures,
         )
 
     def update(self, step: int) -> Update:
@@ -50,101 +54,122 @@ class Recipe:
 
 
 @dataclass
-class Trainee:
-    """An expert in training. What happens to it follows from its own data and recipe alone.
+class Progress:
+    """How far an expert has come.
 
     Attributes:
         step: steps taken; skipped ones count.
         losses: nats per target token of each step.
         validation: (step, nats per target token).
-        best: row ``[n]`` of the best validated weights on the CPU; None until there are any.
+        best_step: when the best validated weights were; 0 until there are any.
         skipped: steps without an update, as the loss or the gradient was not finite; ``failing`` of them in a row.
-        stopped: why it ended early, or "".
+        unimproved: validations since the best.
         tokens: of its training rows, padding excluded.
+        stopped: why it ended early without having converged, or "".
     """
 
-    name: str
-    train: Sequence[Encoded]
-    validate: Sequence[Encoded]
-    recipe: Recipe
     step: int = 0
     losses: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
-    best: torch.Tensor | None = None
     best_step: int = 0
     skipped: int = 0
     failing: int = 0
-    stopped: str = ""
+    unimproved: int = 0
     tokens: int = 0
-    started: float = 0.0
+    stopped: str = ""
 
-    def __post_init__(self) -> None:
-        recipe = self.recipe
-        self._order = step_indices(recipe.seed, self.name, len(self.train), recipe.batch_size, recipe.steps)
+    @property
+    def best_loss(self) -> float:
+        """Nats per target token of the best validation; NaN if there is none."""
+        return dict(self.validation).get(self.best_step, math.nan)
+
+
+class Trainee:
+    """An expert in training. What happens to it follows from its own data and recipe alone.
+
+    Attributes:
+        best: row ``[n]`` of the best validated weights on the CPU; None until there are any.
+    """
+
+    def __init__(self, name: str, train: Sequence[Encoded], validate: Sequence[Encoded], recipe: Recipe):
+        self.name = name
+        self.train = train
+        self.validate = validate
+        self.recipe = recipe
+        self.progress = Progress()
+        self.best: torch.Tensor | None = None
+        self._order = step_indices(recipe.seed, name, len(train), recipe.batch_size, recipe.steps)
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens per training example."""
+        return sum(map(len, self.train)) / len(self.train)
 
     @property
     def cost(self) -> float:
         """Tokens that its whole training takes, expected."""
-        mean = sum(map(len, self.train)) / len(self.train)
-        return mean * self.recipe.batch_size * self.recipe.steps
+        return self.mean_length * self.recipe.batch_size * self.recipe.steps
 
     @property
     def done(self) -> bool:
-        return self.step >= self.recipe.steps or bool(self.stopped)
+        progress, recipe = self.progress, self.recipe
+        converged = recipe.patience is not None and progress.unimproved >= recipe.patience
+        return progress.step >= recipe.steps or converged or bool(progress.stopped)
 
     @property
     def validates(self) -> bool:
         """Whether a validation follows the step just taken."""
-        return self.step % self.recipe.eval_every == 0 or self.step == self.recipe.steps
+        step = self.progress.step
+        return not self.progress.stopped and (step % self.recipe.eval_every == 0 or step == self.recipe.steps)
 
-    @property
-    def best_loss(self) -> float:
-        return dict(self.validation).get(self.best_step, math.nan)
-
-    def start(self) -> Trainee:
-        self.started = time.perf_counter()
-        return self
+    def resume(self, progress: Progress, best: torch.Tensor | None) -> None:
+        """Go on after the steps of ``progress``."""
+        self.progress, self.best = progress, best
+        self._order = islice(self._order, progress.step, None)
 
     def draw(self) -> list[Encoded]:
         """The rows of the next step."""
         rows = [self.train[index] for index in next(self._order)]
-        self.step += 1
-        self.tokens += sum(map(len, rows))
+        self.progress.step += 1
+        self.progress.tokens += sum(map(len, rows))
         return rows
 
-    def took(self, loss: float, applied: bool, most_failures: int) -> None:
-        """Note the step just drawn; ``most_failures`` skipped in a row end the training."""
-        self.losses.append(loss)
-        self.failing = 0 if applied else self.failing + 1
-        self.skipped += not applied
-        if self.failing >= most_failures:
-            self.stopped = (
-                f"the loss or its gradient was not finite in {self.failing} steps in a row, up to step {self.step}"
+    def took(self, loss: float, applied: bool) -> None:
+        """Note the loss of the step just drawn, and whether it was finite and its update applied."""
+        progress = self.progress
+        progress.losses.append(loss)
+        progress.failing = 0 if applied else progress.failing + 1
+        progress.skipped += not applied
+        if progress.failing >= self.recipe.max_failures:
+            progress.stopped = (
+                f"the loss or its gradient was not finite in {progress.failing} steps in a row, "
+                f"up to step {progress.step}"
             )
 
     def validated(self, loss: float, row: torch.Tensor) -> None:
         """Note a validation of the weights ``row [n]``; they are copied if they are the best so far."""
-        better = math.isfinite(loss) and not loss >= self.best_loss
-        self.validation.append((self.step, loss))
+        progress = self.progress
+        better = math.isfinite(loss) and not loss >= progress.best_loss
+        progress.validation.append((progress.step, loss))
+        progress.unimproved = 0 if better else progress.unimproved + 1
         if better:
-            self.best_step = self.step
+            progress.best_step = progress.step
             self.best = row.detach().to("cpu", copy=True)
 
     def record(self) -> dict[str, Any]:
         """What its card says about the training."""
-        recipe = self.recipe
+        recipe, progress = self.recipe, self.progress
         found: dict[str, Any] = {
             "seed": recipe.seed,
-            "steps": recipe.steps,
+            "steps": progress.step,
             "batch_size": recipe.batch_size,
             "learning_rate": recipe.learning_rate,
-            "best_step": self.best_step,
-            "validation": [[step, round(loss, 6)] for step, loss in self.validation],
-            "tokens": self.tokens,
-            "seconds": round(time.perf_counter() - self.started, 2),
+            "best_step": progress.best_step,
+            "validation": [[step, round(loss, 6)] for step, loss in progress.validation],
+            "tokens": progress.tokens,
         }
-        if self.skipped:
-            found["skipped_steps"] = self.skipped
-        if self.stopped:
-            found["stopped"] = self.stopped
+        if progress.skipped:
+            found["skipped_steps"] = progress.skipped
+        if progress.stopped:
+            found["stopped"] = progress.stopped
         return found
