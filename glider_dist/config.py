@@ -42,7 +42,13 @@ class TrainConfig:
     gate_steps: int = _setting(100, "optimizer steps per gate")
     batch_size: int = _setting(16, "examples per step and expert")
     gate_batch_size: int | None = _setting(None, "examples per step and gate; None: train.batch_size")
-    micro_batch_size: int | None = _setting(None, "examples per forward; None: the whole batch at once")
+    experts_in_flight: int = _setting(32, "experts (or gates) that a rank trains at a time; the others wait")
+    micro_batch_size: int | None = _setting(
+        None, "examples per forward at most; None: train.micro_batch_tokens alone"
+    )
+    micro_batch_tokens: int | None = _setting(
+        None, "tokens per forward at most, padding included; None: 2048 on a CPU, 8192 on a GPU"
+    )
     learning_rate: float = _setting(5e-3, "AdamW learning rate of the experts")
     gate_learning_rate: float = _setting(5e-3, "AdamW learning rate of the gates")
     weight_decay: float = _setting(0.0, "AdamW weight decay")
@@ -50,6 +56,15 @@ class TrainConfig:
     max_grad_norm: float = _setting(1.0, "clip each expert's gradient norm at this value; 0: no clipping")
     eval_every: int = _setting(100, "validate every so many steps and at the end; the best weights are kept")
     eval_examples: int = _setting(64, "validation examples per task and validation")
+    patience: int | None = _setting(
+        None, "validations in a row without a better loss that end an expert's training; None: no early stop"
+    )
+    save_minutes: float = _setting(
+        10.0, "keep experts that are in training in run_dir/unfinished so often, for a restart after a kill"
+    )
+    max_failures: int = _setting(
+        5, "steps in a row whose loss or gradient is not finite (they are skipped) that end an expert's training"
+    )
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass to save memory")
 
 
@@ -171,6 +186,9 @@ class Config:
             "train.gate_learning_rate": self.train.gate_learning_rate,
             "train.eval_every": self.train.eval_every,
             "train.eval_examples": self.train.eval_examples,
+            "train.experts_in_flight": self.train.experts_in_flight,
+            "train.max_failures": self.train.max_failures,
+            "train.save_minutes": self.train.save_minutes,
             "lora.rank": self.lora.rank,
             "lora.alpha": self.lora.alpha,
             "router.top_k": self.router.top_k,
@@ -188,6 +206,8 @@ class Config:
         optional = {
             "tasks.limit": self.tasks.limit,
             "train.micro_batch_size": self.train.micro_batch_size,
+            "train.patience": self.train.patience,
+            "train.micro_batch_tokens": self.train.micro_batch_tokens,
             "train.gate_batch_size": self.train.gate_batch_size,
             "router.shortlist": self.router.shortlist,
         }

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,17 +28,14 @@ from transformers import (
 )
 
 import glider_dist as gd
-from glider_dist.config import Config
 from glider_dist.lora.apply import count_rows, plan_rows
 from glider_dist.lora.bank import SiteBank, stack_site
 from glider_dist.model.attach import context_of, install
 from glider_dist.model.base import load_base
 from glider_dist.model.batch import Collator
-from glider_dist.model.engine import FrozenBase
 from glider_dist.model.loading import load_banks
 from glider_dist.model.routed import RoutedLinear
 from glider_dist.model.sites import linear_sites
-from glider_dist.parallel.ranks import ALONE
 from glider_dist.pool import SiteLora
 from glider_dist.routing.route import Route, top_k_route, top_p_route
 from glider_dist.testing import (
@@ -48,8 +44,7 @@ from glider_dist.testing import (
     tiny_causal,
     tiny_seq2seq,
 )
-from glider_dist.training.experts import _installed
-from glider_dist.training.fit import Runner
+from glider_dist.training.runner import assigned_nll, installed
 
 SMALL = {"layers": 2, "ffn_dim": 80, "attention_heads": 4}
 
@@ -1015,11 +1010,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_counts_nothing_twice(nam
             leaf.requires_grad_()
         calls.clear()
         # The way in which the training stages turn it on.
-        job: Any = SimpleNamespace(frozen=SimpleNamespace(model=model), cfg=Config())
-        job.cfg.train.gradient_checkpointing = checkpointing
-        with _installed(job, "expert", banks, gates, gated=True):
-            context = context_of(model)
-            context.names = pool.names
+        with installed(model, pool.names, (banks, gates), gated=True, checkpointing=checkpointing):
             for module in model.modules():
                 if isinstance(module, RoutedLinear):
                     module.base.register_forward_pre_hook(lambda module, args: calls.update(["call"]))
@@ -1044,7 +1035,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_counts_nothing_twice(nam
 def test_a_training_step_with_recomputed_activations_equals_one_without(name, gated, tmp_path):
     base = load_base(str(save_tiny_base(tmp_path / "base", MODELS[name]())), "float32", "cpu")
     pool = random_pool(tmp_path / "pool", base.model, experts=1)
-    frozen, collator = FrozenBase(base, ALONE, 0), Collator(base, 64)
+    collator = Collator(base, 64)
     encoded = [collator.encode("Input: a b c\nOutput:", " x"), collator.encode("Input: d\nOutput:", " long one")]
     results = []
     for checkpointing in (False, True):
@@ -1052,10 +1043,9 @@ def test_a_training_step_with_recomputed_activations_equals_one_without(name, ga
         leaves = [tensor.requires_grad_() for bank in banks.values() for tensor in (bank.A, bank.B)]
         if gated:
             leaves = [gate.requires_grad_() for gate in gates.values()]
-        job: Any = SimpleNamespace(frozen=frozen, cfg=Config())
-        job.cfg.train.gradient_checkpointing = checkpointing
-        with _installed(job, "expert", banks, gates, gated=gated):
-            nll = Runner(frozen, collator, leaves).train(collator.batch(encoded), 10)
+        batch, ids, weights = collator.batch(encoded), torch.zeros(2, dtype=torch.int64), torch.full((2,), 0.1)
+        with installed(base.model, pool.names, (banks, gates), gated=gated, checkpointing=checkpointing):
+            nll = float(assigned_nll(base.model, batch, ids, weights).sum())
         results.append((nll, [leaf.grad for leaf in leaves]))
     (nll, grads), (other_nll, other_grads) = results
     assert nll == pytest.approx(other_nll, rel=1e-5)

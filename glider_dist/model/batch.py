@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from glider_dist.errors import GliderError
 from glider_dist.model.base import BaseModel
+from glider_dist.routing.local import at_least_fp32
 
 log = logging.getLogger(__name__)
 IGNORED = -100
@@ -142,12 +143,13 @@ class Collator:
 
 
 def target_nll(model: Any, batch: Batch) -> torch.Tensor:
-    """Negative log-likelihood of each row's targets, summed over them; ``[B]`` fp32 nats, differentiable."""
+    """Negative log-likelihood of each row's targets, summed over them; ``[B]`` nats in fp32 (fp64 for an fp64
+    base), differentiable."""
     logits = model(**batch.inputs).logits
     if "decoder_input_ids" not in batch.inputs:
         length = batch.labels.shape[1]
         logits = logits[:, -length - 1 : -1]
     # Only where there is a target: a vocabulary in fp32 is the largest tensor of a step.
     at = batch.labels != IGNORED
-    losses = F.cross_entropy(logits[at].float(), batch.labels[at], reduction="none")
-    return torch.zeros(at.shape, device=losses.device).masked_scatter(at, losses).sum(1)
+    losses = F.cross_entropy(at_least_fp32(logits[at]), batch.labels[at], reduction="none")
+    return losses.new_zeros(at.shape).masked_scatter(at, losses).sum(1)

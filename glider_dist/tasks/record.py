@@ -65,7 +65,8 @@ def make_task(
     instructions: tuple[str, ...] = (),
     evaluation_only: bool = False,
 ) -> Task:
-    """A task from a record with ``name``, ``definition``, ``split``, ``metric`` and ``category``.
+    """A task from a record with ``name``, ``definition``, ``split``, ``metric`` and ``category``, and the
+    task's own training settings under ``train``.
 
     Raises:
         GliderError: for a missing definition, or a split or metric that does not exist.
@@ -82,6 +83,9 @@ def make_task(
         raise GliderError(
             f"{where}: the metric of task {name!r} is {metric!r}, but must be exact_match or rouge_l"
         )
+    settings = record.get("train") or {}
+    if not isinstance(settings, dict):
+        raise GliderError(f"{where}: train of task {name!r} must be an object of settings, not {settings!r:.40}")
     return Task(
         name=name,
         definition=definition,
@@ -92,6 +96,7 @@ def make_task(
         instructions=instructions,
         evaluation_only=evaluation_only,
         load=load,
+        settings=settings,
     )
 
 

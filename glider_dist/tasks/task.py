@@ -42,7 +42,7 @@ class Task:
         instructions: the definition in other words, as a user would ask; ``()``: the definition is used.
         evaluation_only: never trained on, not even for calibration (BIG-bench and its canary).
         load: reads one part (``train``, ``validation`` or ``test``), up to the configured limit.
-        settings: reserved for settings that override the configuration for this task.
+        settings: of ``train.*``, in place of the job's for this task's expert and gate.
     """
 
     name: str

@@ -1,32 +1,39 @@
-"""The stages ``train-experts`` and ``train-gates``: each rank trains the experts of its own tasks.
+"""The stages ``train-experts`` and ``train-gates``: one job trains what the pool lacks, many experts at a time.
 
-Idempotent per expert: what the pool already holds is left alone, so a second start does only what is missing.
+Each rank trains the experts of its own tasks. Idempotent per expert: what the pool already holds is left alone, so
+a second start does only what is missing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
-from glider_dist.lora.bank import SiteBank, initial_site, stack_site
-from glider_dist.model.attach import context_of, detach, install
 from glider_dist.model.batch import Encoded
-from glider_dist.model.recompute import recomputed
 from glider_dist.model.sites import linear_sites, peft_targets
-from glider_dist.pool.adapter import write_adapter
+from glider_dist.pool.adapter import SiteLora, inspect_adapter, write_adapter
 from glider_dist.pool.names import check_name
 from glider_dist.pool.store import check_sites
 from glider_dist.tasks.prompt import answer, prompt
 from glider_dist.tasks.task import Task
 from glider_dist.tracking.progress import progress
-from glider_dist.training.fit import Fitted, Recipe, Runner, fit
+from glider_dist.training.batches import packing_for
+from glider_dist.training.cotrain import CoTraining, Turn
 from glider_dist.training.order import share_out
+from glider_dist.training.runner import Runner, installed
+from glider_dist.training.slots import ExpertSlots, GateSlots, Slots
+from glider_dist.training.summary import report
+from glider_dist.training.trainee import Recipe, Trainee
+from glider_dist.training.unfinished import Unfinished, training_key
 
 log = logging.getLogger(__name__)
 
@@ -55,39 +62,40 @@ def train_experts(job: Job) -> None:
         check_name(task.name)
     if there is not None:
         there.check_base(job.fingerprint)
-    cfg = job.cfg
-    chosen = linear_sites(job.base.model, cfg.lora.targets)
-    data = {task.name: _data(job, task) for task in todo}
+    lora, cfg = job.cfg.lora, job.cfg
+    chosen = linear_sites(job.base.model, lora.targets)
+    trainees = [_trainee(job, task, _recipe(job, task)) for task in todo]
     pool = job.create_pool()
     targets = peft_targets(chosen, job.base.model)
     task_type = "SEQ_2_SEQ_LM" if job.collator.seq2seq else "CAUSAL_LM"
-    recipe = Recipe(cfg.train.max_steps, cfg.train.batch_size, cfg.train.learning_rate, cfg.seed, cfg.train)
+    task_of = {task.name: task for task in todo}
+    shapes = {name: site.shape for name, site in chosen.items()}
 
-    def fresh(task: Task) -> tuple[dict[str, SiteBank], dict[str, torch.Tensor], list[torch.Tensor]]:
-        banks = {
-            site: initial_site([task.name], site, found.shape, cfg.lora.rank, cfg.lora.alpha, cfg.seed)
-            .to(job.base.device, torch.float32)
-            for site, found in chosen.items()
-        }  # fmt: skip
-        parameters = [tensor.requires_grad_() for bank in banks.values() for tensor in (bank.A, bank.B)]
-        return banks, {}, parameters
+    def slots(count: int) -> ExpertSlots:
+        return ExpertSlots(shapes, count, lora.rank, lora.alpha, cfg.seed, _dtype(job), job.base.device)
 
-    def store(task: Task, banks: dict[str, SiteBank], fitted: Fitted) -> None:
-        pairs = zip(fitted.parameters[0::2], fitted.parameters[1::2], strict=True)
-        weights = {site: (a[0], b[0].t()) for site, (a, b) in zip(banks, pairs, strict=True)}
+    def store(made: ExpertSlots, trainee: Trainee, row: torch.Tensor) -> None:
+        task, weights = task_of[trainee.name], made.weights_of(row)
         pool.write(
             task.name,
-            lambda folder: write_adapter(folder, weights, cfg.lora.alpha, targets, cfg.base, task_type),
+            lambda folder: write_adapter(folder, weights, lora.alpha, targets, cfg.base, task_type),
             {
                 "task": task.name,
                 "definition": task.definition,
                 "category": task.category,
-                "training": {"rank": cfg.lora.rank, "alpha": cfg.lora.alpha, **_record(recipe, fitted)},
-                "scores": {"validation_loss": dict(fitted.validation)[fitted.best_step]},
+                "training": {"rank": lora.rank, "alpha": lora.alpha, **trainee.record()},
+                "scores": {"validation_loss": trainee.progress.best_loss} if trainee.best is not None else {},
             },
         )
 
-    _train(job, "expert", todo, data, recipe, fresh, store)
+    _train(
+        job,
+        "expert",
+        trainees,
+        slots,
+        store,
+        lambda name: (repr(lora), repr(job.fingerprint), str(job.base.dtype)),
+    )
 
 
 def train_gates(job: Job) -> None:
@@ -101,33 +109,55 @@ def train_gates(job: Job) -> None:
     if not todo:
         return
     pool.check_base(job.fingerprint)
-    data = {task.name: _data(job, task) for task in todo}
-    cfg = job.cfg
-    shapes = {name: site.shape for name, site in linear_sites(job.base.model).items()}
+    known = {name: site.shape for name, site in linear_sites(job.base.model).items()}
+    ranks: dict[str, int] = {}
+    sites_of = {}
     for task in todo:
-        check_sites(task.name, pool.expert(task.name).shapes(), shapes)
-    batch_size = cfg.train.gate_batch_size or cfg.train.batch_size
-    recipe = Recipe(cfg.train.gate_steps, batch_size, cfg.train.gate_learning_rate, cfg.seed, cfg.train)
+        info = inspect_adapter(pool.expert(task.name).folder)
+        check_sites(task.name, info.shapes, known)
+        sites_of[task.name] = set(info.shapes)
+        ranks |= {site: max(rank, ranks.get(site, 0)) for site, rank in info.ranks.items()}
+    shapes = {site: shape for site, shape in known.items() if site in ranks}
+    trainees = [_trainee(job, task, _recipe(job, task, gate=True)) for task in todo]
 
-    def frozen(task: Task) -> tuple[dict[str, SiteBank], dict[str, torch.Tensor], list[torch.Tensor]]:
-        loras = pool.expert(task.name).weights()
-        device, dtype = job.base.device, job.base.dtype
-        banks = {site: stack_site([lora], shapes[site], dtype).to(device, dtype) for site, lora in loras.items()}
-        gates = {site: torch.zeros(1, shapes[site][1], device=device).requires_grad_() for site in banks}
-        return banks, gates, list(gates.values())
+    def slots(count: int) -> GateSlots:
+        def read(name: str) -> dict[str, SiteLora]:
+            return pool.expert(name).weights()
 
-    def store(task: Task, banks: dict[str, SiteBank], fitted: Fitted) -> None:
-        gate = {site: value[0] for site, value in zip(banks, fitted.parameters, strict=True)}
-        pool.expert(task.name).write_gate(gate, gate_training=_record(recipe, fitted))
+        return GateSlots(shapes, ranks, read, count, _dtype(job), job.base.dtype, job.base.device)
 
-    _train(job, "gate", todo, data, recipe, frozen, store)
+    def store(made: GateSlots, trainee: Trainee, row: torch.Tensor) -> None:
+        gate = {site: v for site, v in made.gate_of(row).items() if site in sites_of[trainee.name]}
+        pool.expert(trainee.name).write_gate(gate, gate_training=trainee.record())
 
-
-def _data(job: Job, task: Task) -> tuple[list[Encoded], list[Encoded]]:
-    return (
-        encode_part(job, task, "train"),
-        encode_part(job, task, "validation", job.cfg.train.eval_examples),
+    _train(
+        job,
+        "gate",
+        trainees,
+        slots,
+        store,
+        lambda name: (repr(pool.expert(name).card()["files"]), str(job.base.dtype)),
     )
+
+
+def _dtype(job: Job) -> torch.dtype:
+    return torch.promote_types(job.base.dtype, torch.float32)
+
+
+def _recipe(job: Job, task: Task, gate: bool = False) -> Recipe:
+    """The configured recipe with the task's own settings in place of the job's."""
+    try:
+        train: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(job.cfg.train), task.settings))
+        Config(train=train).validate()
+    except (GliderError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise GliderError(f"the settings of task {task.name!r} under 'train': {reason}") from None
+    return Recipe.of(train, job.cfg.seed, gate)
+
+
+def _trainee(job: Job, task: Task, recipe: Recipe) -> Trainee:
+    validation = encode_part(job, task, "validation", job.cfg.train.eval_examples)
+    return Trainee(task.name, encode_part(job, task, "train"), validation, recipe)
 
 
 def _tell(job: Job, what: str, todo: Sequence[Task], tasks: Sequence[Task]) -> None:
@@ -137,83 +167,50 @@ def _tell(job: Job, what: str, todo: Sequence[Task], tasks: Sequence[Task]) -> N
         log.info("%d of %d %s to train on %d ranks", len(todo), len(tasks), what, job.ranks.world)
 
 
-def _record(recipe: Recipe, fitted: Fitted) -> dict[str, Any]:
-    return {
-        "seed": recipe.seed,
-        "steps": recipe.steps,
-        "batch_size": recipe.batch_size,
-        "learning_rate": recipe.learning_rate,
-        "best_step": fitted.best_step,
-        "validation": [[step, round(loss, 6)] for step, loss in fitted.validation],
-        "seconds": round(fitted.seconds, 2),
-        "tokens_per_second": round(fitted.tokens / max(fitted.seconds, 1e-9), 1),
-        "padding_share": round(fitted.padding / max(fitted.padding + fitted.tokens, 1), 4),
-    }
+S = TypeVar("S", bound=Slots)
 
 
 def _train(
     job: Job,
     kind: str,
-    todo: Sequence[Task],
-    data: dict[str, tuple[list[Encoded], list[Encoded]]],
-    recipe: Recipe,
-    make: Any,
-    store: Any,
+    trainees: Sequence[Trainee],
+    make: Callable[[int], S],
+    store: Callable[[S, Trainee, torch.Tensor], None],
+    parts: Callable[[str], Sequence[str]],
 ) -> None:
-    costs = [sum(map(len, data[task.name][0])) / len(data[task.name][0]) for task in todo]
-    mine = [todo[index] for index in share_out(costs, job.ranks.world)[job.ranks.rank]]
-    model, run = job.frozen.model, job.run
-    bar = progress(total=len(mine) * recipe.steps, desc=f"{kind}s on rank 0", enabled=job.ranks.is_main)
-    done: list[Fitted] = []
-    step = 0
-    for task in mine:
-        banks, gates, parameters = make(task)
-        with _installed(job, task.name, banks, gates, gated=kind == "gate"):
-            runner = Runner(job.frozen, job.collator, parameters)
+    """Share the trainees out, train this rank's, store each when it is done and report on all.
 
-            def on_step(values: dict[str, float]) -> None:
-                nonlocal step
-                step += 1
-                bar.update(1)
-                run.log({f"{kind}/{key}": value for key, value in values.items()}, step)
+    Raises:
+        GliderError: some stopped early as their loss was not finite; the others are done and stored.
+    """
+    train, ranks = job.cfg.train, job.ranks
+    shares = share_out([trainee.cost for trainee in trainees], ranks.world)
+    mine = [trainees[index] for index in shares[ranks.rank]]
+    slots = make(max(1, min(train.experts_in_flight, len(mine))))
+    runner = Runner(job.frozen, job.collator, slots)
+    packing = packing_for(job.base.device, train.micro_batch_tokens, train.micro_batch_size)
+    keys = {trainee.name: training_key(trainee, *parts(trainee.name)) for trainee in mine}
+    unfinished = Unfinished(job.run_dir / "unfinished" / kind, keys, train.save_minutes)
+    loop = CoTraining(runner, mine, packing, unfinished)
+    if ranks.is_main:
+        log.info(
+            "up to %d %ss at a time on a rank, %.1f MB each in training (%.1f of them AdamW moments)",
+            len(slots.names), kind, (slots.bytes_per_expert + loop.optimizer.bytes_per_expert) / 1e6,
+            loop.optimizer.bytes_per_expert / 1e6,
+        )  # fmt: skip
+    bar = progress(total=sum(t.recipe.steps for t in mine), desc=f"{kind}s on rank 0", enabled=ranks.is_main)
+    turns = 0
 
-            fitted = fit(runner, task.name, *data[task.name], recipe, on_step)
-        store(task, banks, fitted)
-        done.append(fitted)
-    bar.close()
-    if job.frozen.sharded:
-        banks, gates, parameters = make(todo[0])
-        with _installed(job, todo[0].name, banks, gates, gated=kind == "gate"):
-            Runner(job.frozen, job.collator, parameters).finish()
-    _report(job, kind, done)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    def on_turn(turn: Turn) -> None:
+        nonlocal turns
+        turns += 1
+        bar.update(len(turn.losses))
+        job.run.log({f"{kind}/{key}": value for key, value in turn.means().items()}, turns)
 
-
-def _report(job: Job, kind: str, done: Sequence[Fitted]) -> None:
-    mine = [
-        (fitted.losses[-1], dict(fitted.validation)[fitted.best_step], fitted.tokens, fitted.seconds)
-        for fitted in done
-    ]
-    everything = [row for rows in job.ranks.gather(mine) for row in rows]
-    seconds = max(sum(row[3] for row in rows) for rows in job.ranks.gather(mine))
-    job.run.quantiles(f"{kind}/final_loss", [row[0] for row in everything])
-    job.run.quantiles(f"{kind}/validation_loss", [row[1] for row in everything])
-    rate = sum(row[2] for row in everything) / max(seconds, 1e-9)
-    job.run.log({f"{kind}/tokens_per_second": rate, f"{kind}/seconds": seconds})
-    if job.ranks.is_main:
-        log.info("%d %ss in %.0f s, %.0f tokens/s over all ranks", len(everything), kind, seconds, rate)
-
-
-@contextmanager
-def _installed(
-    job: Job, name: str, banks: dict[str, SiteBank], gates: dict[str, torch.Tensor], gated: bool
-) -> Iterator[None]:
+    started = time.perf_counter()
     model = job.frozen.model
-    install(model, (name,), banks, gates)
-    context_of(model).gated = gated
-    block = recomputed(model) if job.cfg.train.gradient_checkpointing else nullcontext()
-    try:
-        with block:
-            yield
-    finally:
-        detach(model)
+    with installed(model, (), slots.seen(), gated=kind == "gate", checkpointing=train.gradient_checkpointing):
+        loop.run(lambda trainee, row: store(slots, trainee, row), on_turn)
+    bar.close()
+    report(job, kind, mine, runner, time.perf_counter() - started)
+    assert not any(parameter.requires_grad for parameter in model.parameters())

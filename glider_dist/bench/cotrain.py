@@ -1,0 +1,219 @@
+"""Training many experts in one loop against one after another, and against separate PEFT runs.
+
+``python -m glider_dist.bench.cotrain [mixing] [batches] [startup]`` prints the tables: all three by default, about
+fifteen minutes on two cores. The base is SmolLM2-135M, the rows are random tokens, the experts have rank 16 on
+every linear layer. One process with all its threads. Ways are timed in turn, and ratios are of medians.
+
+    mixing    one step whose rows belong to 1, 4, 16 or 64 experts, equal tokens
+    batches   16 experts together and one after another, 2 and 16 rows a step
+    startup   32 experts of 20 steps of 2 rows, from the start of Python: one process; one process each with PEFT
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from glider_dist.config import TrainConfig
+from glider_dist.errors import GliderError
+from glider_dist.model.base import load_base
+from glider_dist.model.batch import Collator, Encoded
+from glider_dist.model.engine import FrozenBase
+from glider_dist.model.sites import linear_sites, peft_targets
+from glider_dist.parallel.ranks import start_ranks
+from glider_dist.training.batches import Packing, packing_for
+from glider_dist.training.cotrain import CoTraining
+from glider_dist.training.runner import Runner, installed
+from glider_dist.training.slots import ExpertSlots
+from glider_dist.training.trainee import Recipe, Trainee
+
+RANK, ALPHA, RATE, ANSWER, EXAMPLES = 16, 16, 1e-3, 4, 64
+ROUNDS, EXPERTS = 3, 16
+MANY, STEPS, BATCH, PEFT_RUNS = 32, 20, 2, 3
+
+
+class Bench:
+    """The base, loaded once."""
+
+    def __init__(self) -> None:
+        ranks = start_ranks()
+        self.base = load_base("smollm2-135m", "auto", str(ranks.device))
+        self.frozen = FrozenBase(self.base, ranks, 0)
+        self.collator = Collator(self.base, 512)
+        self.shapes = {name: site.shape for name, site in linear_sites(self.base.model).items()}
+
+    def train(self, trainees: list[Trainee], slots: int, packing: Packing | None = None) -> CoTraining:
+        """Train them, so many at a time."""
+        made = ExpertSlots(self.shapes, slots, RANK, ALPHA, 0, torch.float32, self.base.device)
+        runner = Runner(self.frozen, self.collator, made)
+        loop = CoTraining(runner, trainees, packing or packing_for(self.base.device, None, None))
+        with installed(self.base.model, (), made.seen(), gated=False, checkpointing=False):
+            loop.run(lambda trainee, row: None)
+        return loop
+
+    def speed_of_light(self) -> float:
+        """Operations a second of a square matrix product in the base's dtype."""
+        a = torch.randn(2048, 2048, device=self.base.device, dtype=self.base.dtype)
+        seconds = median_seconds({"": lambda: float((a @ a)[0, 0])})[""]
+        return 2 * 2048**3 / seconds
+
+
+def rows(name: str, low: int, high: int) -> list[Encoded]:
+    """Examples of ``low`` to ``high`` random tokens."""
+    draw = random.Random(name)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(1000, 40000) for _ in range(count))
+
+    return [Encoded(tokens(draw.randint(low, high) - ANSWER), tokens(ANSWER)) for _ in range(EXAMPLES)]
+
+
+def trainee(name: str, steps: int, batch: int, low: int = 12, high: int = 36) -> Trainee:
+    """An expert that is validated once, at its end, on one row."""
+    train = TrainConfig(max_steps=steps, batch_size=batch, learning_rate=RATE, eval_every=steps)
+    data = rows(name, low, high)
+    return Trainee(name, data, data[:1], Recipe.of(train, 0))
+
+
+def median_seconds(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Each way once to warm up, then all in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(-1, ROUNDS):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if repeat >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def mixing(bench: Bench) -> None:
+    """One forward and backward of 64 rows, and one update of each expert."""
+    together = Packing(64 * 16, 64 * 16 + 1, 64 * 16, 0)
+    counts = (1, 4, 16, 64)
+
+    def slots_and_step(experts: int) -> Callable[[], Any]:
+        made = ExpertSlots(bench.shapes, experts, RANK, ALPHA, 0, torch.float32, bench.base.device)
+        loop = CoTraining(
+            Runner(bench.frozen, bench.collator, made),
+            [trainee(str(index), 10, 64 // experts, 16, 16) for index in range(experts)],
+            together,
+        )
+        loop.fill()
+
+        def step() -> None:
+            with installed(bench.base.model, (), made.seen(), gated=False, checkpointing=False):
+                loop.turn()
+
+        return step
+
+    seconds = median_seconds({str(count): slots_and_step(count) for count in counts})
+    print("\none step of 64 rows of 16 tokens, each expert's AdamW included")
+    for name, value in seconds.items():
+        print(f"{name:>4} experts {value:8.3f} s {value / seconds['1']:8.2f}x", flush=True)
+
+
+def batches(bench: Bench) -> None:
+    """In one process, together and one after another."""
+    peak = bench.speed_of_light()
+    parameters = sum(p.numel() for p in bench.base.model.parameters())
+    print(f"\n{EXPERTS} experts in one process; matrix products reach {peak / 1e12:.2f} TFLOP/s here")
+    for batch, steps in ((2, 4), (16, 1)):
+        loops: dict[int, CoTraining] = {}
+
+        def way(slots: int, batch: int = batch, steps: int = steps, loops: dict[int, CoTraining] = loops) -> None:
+            loops[slots] = bench.train([trainee(str(index), steps, batch) for index in range(EXPERTS)], slots)
+
+        ways = {"one after another": 1, "together": EXPERTS}
+        seconds = median_seconds({name: partial(way, slots) for name, slots in ways.items()})
+        for name, slots in ways.items():
+            runner = loops[slots].runner
+            rate = runner.tokens / seconds[name]
+            print(
+                f"{batch:3} rows a step, {name:18} {rate:7.0f} tokens/s, "
+                f"{100 * runner.padding / (runner.padding + runner.tokens):4.1f} % padding, "
+                f"{100 * 4 * parameters * rate / peak:4.1f} % of the products' speed"
+            )
+        ratio = seconds["one after another"] / seconds["together"]
+        print(f"{batch:3} rows a step: together is {ratio:.2f} times as fast", flush=True)
+    loop = loops[EXPERTS]
+    print(
+        f"an expert in training takes {loop.slots.bytes_per_expert / 1e6:.1f} MB of weights and gradients and "
+        f"{loop.optimizer.bytes_per_expert / 1e6:.1f} MB of moments"
+    )
+
+
+def one_job() -> None:
+    """All of them in this process."""
+    Bench().train([trainee(str(index), STEPS, BATCH) for index in range(MANY)], MANY)
+
+
+def one_peft(name: str) -> None:
+    """One of them in this process, as PEFT's documentation does it."""
+    from peft import LoraConfig, get_peft_model
+
+    ranks = start_ranks()
+    base = load_base("smollm2-135m", "auto", str(ranks.device))
+    targets = peft_targets(linear_sites(base.model), base.model)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(base.model, config)
+    collator, one = Collator(base, 512), trainee(name, STEPS, BATCH)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+    for _ in range(STEPS):
+        ids, mask = collator.pad_rows([item.prompt + item.answer for item in one.draw()], left=True)
+        labels = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < ids.shape[1] - ANSWER, -100)
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def startup() -> None:
+    """Whole processes, timed from outside."""
+
+    def seconds(*words: str) -> float:
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "glider_dist.bench.cotrain", *words], check=True, stderr=subprocess.PIPE
+        )
+        return time.perf_counter() - started
+
+    ours = seconds("one-job")
+    peft = statistics.median(seconds("one-peft", str(index)) for index in range(PEFT_RUNS))
+    print(
+        f"\n{MANY} experts of {STEPS} steps of {BATCH} rows, from the start of Python:\n"
+        f"one process {ours:.0f} s; with PEFT {peft:.1f} s each (median of {PEFT_RUNS} runs), "
+        f"so {MANY * peft:.0f} s, {MANY * peft / ours:.1f} times as long",
+        flush=True,
+    )
+
+
+def main(words: list[str]) -> None:
+    """Print the tables named in ``words``, or all."""
+    if words[:1] == ["one-job"]:
+        return one_job()
+    if words[:1] == ["one-peft"]:
+        return one_peft(words[1])
+    tables = {"mixing": mixing, "batches": batches}
+    if unknown := [word for word in words if word not in (*tables, "startup")]:
+        raise GliderError(f"bench.cotrain knows mixing, batches and startup, not {unknown[0]!r}")
+    chosen = words or [*tables, "startup"]
+    if "startup" in chosen:
+        startup()
+    if bench := Bench() if set(chosen) & set(tables) else None:
+        for name, table in tables.items():
+            if name in chosen:
+                table(bench)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

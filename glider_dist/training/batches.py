@@ -1,0 +1,120 @@
+"""Which rows of a step share a forward: little padding, few forwards, and large experts by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from glider_dist.model.batch import Encoded
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a forward may hold and what it costs.
+
+    Attributes:
+        tokens: padded tokens of a forward at most (a longer row goes by itself).
+        enough: tokens from which an expert's own rows fill a forward, so that it is not mixed with others.
+        mixed: tokens, padding excluded, of experts that share forwards, at most.
+        overhead: what a forward costs over its tokens, in tokens.
+        per_expert: what each expert adds to that in a mixed forward.
+        rows: rows of a forward at most, or None.
+    """
+
+    tokens: int
+    enough: int
+    mixed: int
+    overhead: int
+    per_expert: int = 0
+    rows: int | None = None
+
+
+def packing_for(device: torch.device, tokens: int | None, rows: int | None) -> Packing:
+    """The sizes for a device; ``tokens`` and ``rows`` are ``train.micro_batch_tokens`` and ``_size``.
+
+    Measured for SmolLM2-135M in bf16 on one core: a forward and backward takes 0.30 s and 3.2 ms a token, a mixed
+    one 0.25 s and 45 ms an expert more. The sizes for a GPU are estimates: nothing was measured there.
+    """
+    found = Packing(2048, 192, 768, 96, 24) if device.type == "cpu" else Packing(8192, 4096, 8192, 2048, 16)
+    tokens = tokens or found.tokens
+    return replace(
+        found, tokens=tokens, enough=min(found.enough, tokens), mixed=min(found.mixed, tokens), rows=rows
+    )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward: the slots ``lo`` to ``hi`` that they need, and each row's slot."""
+
+    lo: int
+    hi: int
+    slots: list[int]
+    items: list[Encoded]
+
+    @property
+    def mixed(self) -> bool:
+        return self.hi - self.lo > 1
+
+
+def micro_batches(
+    chosen: Mapping[int, Sequence[Encoded]], packing: Packing, apart: Collection[int] = ()
+) -> list[MicroBatch]:
+    """Cut a step's rows into forwards.
+
+    An expert with enough rows is cut by itself, so that its forwards are those of training it alone; smaller ones
+    share forwards with their neighbours. Each expert's weights are then needed by few forwards.
+
+    Args:
+        chosen: the rows of each slot that takes a step.
+        apart: slots that share no forward whatever their size.
+    """
+    found = []
+    for group in _groups(chosen, packing, apart):
+        rows = sorted(((slot, item) for slot in group for item in chosen[slot]), key=lambda row: len(row[1]))
+        overhead = packing.overhead + (packing.per_expert * len(group) if len(group) > 1 else 0)
+        for start, end in cuts([len(item) for _, item in rows], packing, overhead):
+            part = rows[start:end]
+            slots = [slot for slot, _ in part]
+            found.append(MicroBatch(min(slots), max(slots) + 1, slots, [item for _, item in part]))
+    return found
+
+
+def _groups(chosen: Mapping[int, Sequence[Encoded]], packing: Packing, apart: Collection[int]) -> list[list[int]]:
+    groups: list[list[int]] = []
+    room = 0
+    for slot in sorted(chosen):
+        tokens = sum(map(len, chosen[slot]))
+        if slot in apart or tokens >= packing.enough:
+            groups.append([slot])
+            room = 0
+        elif tokens <= room:
+            groups[-1].append(slot)
+            room -= tokens
+        else:
+            groups.append([slot])
+            room = packing.mixed - tokens
+    return groups
+
+
+def cuts(lengths: Sequence[int], packing: Packing, overhead: int) -> list[tuple[int, int]]:
+    """Cut ascending lengths into runs with the least total cost of ``overhead + rows * longest``."""
+    sizes = np.asarray(lengths, dtype=np.int64)
+    cost = np.zeros(len(sizes) + 1, dtype=np.int64)
+    start_of = [0] * (len(sizes) + 1)
+    for end in range(1, len(sizes) + 1):
+        longest = sizes[end - 1]
+        most = max(1, packing.tokens // longest)
+        most = min(most, packing.rows) if packing.rows else most
+        starts = np.arange(max(0, end - most), end)
+        totals = cost[starts] + overhead + (end - starts) * longest
+        best = int(totals.argmin())
+        cost[end], start_of[end] = totals[best], int(starts[best])
+    found = []
+    end = len(sizes)
+    while end:
+        found.append((start_of[end], end))
+        end = start_of[end]
+    return found[::-1]

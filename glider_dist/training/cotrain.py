@@ -1,0 +1,148 @@
+"""Train many experts in one loop over one frozen base, each exactly as if it were trained alone.
+
+One turn is one step of every expert in a slot. The rows of all of them share forwards and backwards; the loss is
+``Σ_e Σ nll_e / N_e`` with N_e the target tokens of expert e in its own step, so that no expert's gradient depends
+on who trains beside it. An expert that is done leaves its slot to the next one that waits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from glider_dist.model.batch import Encoded
+from glider_dist.training.adamw import StackedAdamW, all_finite, row_norms
+from glider_dist.training.batches import MicroBatch, Packing, micro_batches
+from glider_dist.training.runner import Runner
+from glider_dist.training.trainee import Trainee
+from glider_dist.training.unfinished import Unfinished
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one turn did: the loss, gradient norm and learning rate of each expert that took a step."""
+
+    losses: list[float]
+    norms: list[float]
+    rates: list[float]
+
+    def means(self) -> dict[str, float]:
+        """Over the experts, by name."""
+        values = {"loss": self.losses, "grad_norm": self.norms, "learning_rate": self.rates}
+        return {key: sum(found) / len(found) for key, found in values.items() if found}
+
+
+class CoTraining:
+    """The experts of one rank: some in slots, others waiting."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        trainees: Sequence[Trainee],
+        packing: Packing,
+        unfinished: Unfinished | None = None,
+    ):
+        self.runner = runner
+        self.slots = runner.slots
+        self.optimizer = StackedAdamW(self.slots.weights)
+        self.packing = packing
+        self.unfinished = unfinished
+        # Neighbours in slots share forwards, so let them be of like length.
+        self._waiting = sorted(trainees, key=lambda trainee: trainee.mean_length)
+        self._active: dict[int, Trainee] = {}
+
+    def run(
+        self,
+        retire: Callable[[Trainee, torch.Tensor], Any],
+        on_turn: Callable[[Turn], Any] = lambda turn: None,
+    ) -> None:
+        """Train all of them, then take part in the other ranks' collectives until they are done, too.
+
+        Args:
+            retire: called with each expert that is done and its best row ``[n]``.
+        """
+        with warnings.catch_warnings():
+            # Views of neighbouring rows are strided on purpose; their gradients have the same strides.
+            warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+            while self._waiting or self._active:
+                self.fill()
+                on_turn(self.turn())
+                for slot in list(self._active):
+                    self._after_step(slot, retire)
+                if self.unfinished and self.unfinished.due:
+                    self.unfinished.save(self._active, self.slots, self.optimizer)
+            self.runner.finish()
+
+    def _after_step(self, slot: int, retire: Callable[[Trainee, torch.Tensor], Any]) -> None:
+        trainee = self._active[slot]
+        if trainee.validates:
+            trainee.validated(self.mean_loss(slot, trainee.validate), self.slots.weights[slot])
+        if trainee.done:
+            del self._active[slot]
+            retire(trainee, self._result(trainee))
+            if self.unfinished:
+                self.unfinished.remove(trainee.name)
+
+    def fill(self) -> None:
+        """Give free slots to waiting experts."""
+        for slot in range(len(self.slots.names)):
+            if slot not in self._active and self._waiting:
+                trainee = self._waiting.pop(0)
+                self.slots.enter(slot, trainee.name)
+                self.optimizer.reset(slot)
+                if self.unfinished:
+                    self.unfinished.load(slot, trainee, self.slots, self.optimizer)
+                self._active[slot] = trainee
+
+    def turn(self) -> Turn:
+        """One step of every expert in a slot."""
+        chosen = {slot: trainee.draw() for slot, trainee in sorted(self._active.items())}
+        # An expert that has just failed may fail again, and a forward that it shares spreads its NaN: zero weights
+        # do not hide it from the others in grouped products.
+        apart = {slot for slot, trainee in self._active.items() if trainee.progress.failing}
+        losses, norms = self._gradients(chosen, micro_batches(chosen, self.packing, apart))
+        bad = {slot for slot in chosen if not all_finite([losses[slot], norms[slot]])}
+        if bad - apart:
+            # Find out who it was: once more, each by itself.
+            losses, norms = self._gradients(chosen, micro_batches(chosen, self.packing, set(chosen)))
+            bad = {slot for slot in chosen if not all_finite([losses[slot], norms[slot]])}
+        updates = {
+            slot: trainee.recipe.update(trainee.progress.step)
+            for slot, trainee in self._active.items()
+            if slot not in bad
+        }
+        self.optimizer.step(self.slots.weights, self.slots.grads, updates, norms)
+        for slot, trainee in self._active.items():
+            self.slots.grads[slot].zero_()
+            trainee.took(losses[slot], slot not in bad)
+        rates = [update.learning_rate for update in updates.values()]
+        return Turn(list(losses.values()), list(norms.values()), rates)
+
+    def _gradients(
+        self, chosen: Mapping[int, Sequence[Encoded]], micros: Sequence[MicroBatch]
+    ) -> tuple[dict[int, float], dict[int, float]]:
+        """Set the slots' gradients; returns each slot's loss and gradient norm."""
+        targets = {slot: sum(len(item.answer) for item in items) for slot, items in chosen.items()}
+        for slot in chosen:
+            self.slots.grads[slot].zero_()
+        nll = [self.runner.train(micro, [1 / targets[slot] for slot in micro.slots]) for micro in micros]
+        losses = dict.fromkeys(chosen, 0.0)
+        # One host sync for all micro-batches.
+        for slot, value in zip((s for micro in micros for s in micro.slots), torch.cat(nll).tolist(), strict=True):
+            losses[slot] += value / targets[slot]
+        return losses, row_norms(self.slots.grads, list(chosen))
+
+    def mean_loss(self, slot: int, examples: Sequence[Encoded]) -> float:
+        """Nats per target token of one slot's expert over ``examples``, by itself."""
+        nll = [self.runner.score(micro) for micro in micro_batches({slot: examples}, self.packing)]
+        return float(torch.cat(nll).sum()) / sum(len(item.answer) for item in examples)
+
+    def _result(self, trainee: Trainee) -> torch.Tensor:
+        if trainee.best is not None:
+            return trainee.best
+        # Never validated to a finite loss: an expert that changes nothing.
+        return self.slots.weights.new_zeros(self.slots.weights.shape[1], device="cpu")

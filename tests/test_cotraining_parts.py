@@ -1,0 +1,309 @@
+"""The parts of co-training by themselves: the optimizer, what shares a forward, failures, waves and restarts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import cotraining_worker as worker
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_jobs import adapters, command, cores, write_tasks
+from small_jobs import settings as job_settings
+
+from glider_dist.model.batch import Encoded
+from glider_dist.model.engine import FrozenBase
+from glider_dist.parallel.ranks import ALONE
+from glider_dist.pool import ExpertPool
+from glider_dist.testing import save_tiny_base, tiny_causal
+from glider_dist.training.adamw import StackedAdamW, Update, row_norms
+from glider_dist.training.batches import Packing, cuts, micro_batches
+from glider_dist.training.cotrain import CoTraining
+from glider_dist.training.unfinished import Unfinished, training_key
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# The optimizer ----------------------------------------------------------------------------------------------
+
+
+def test_each_expert_gets_what_torch_adamw_gives_it_alone():
+    experts, width, steps = 5, 1000, 40
+    weights = draw(experts, width)
+    parameters = [weights[row].clone().requires_grad_() for row in range(experts)]
+    decays, norms = [0.0, 0.1, 0.0, 0.3, 0.1], [0.0, 1.0, 30.0, 1e9, 5.0]
+    reference = [torch.optim.AdamW([p], weight_decay=decays[row], eps=1e-8) for row, p in enumerate(parameters)]
+    optimizer = StackedAdamW(weights)
+    for step in range(steps):
+        # Every expert sits out another share of the steps.
+        rows = [row for row in range(experts) if step % (row + 2) or row == 0]
+        grads = draw(experts, width, seed=step + 1) * 10.0 ** (step % 5 - 2)
+        rates = [1e-2 / (1 + row) * min(1.0, (step + 1) / 7) for row in range(experts)]
+        updates = {row: Update(rates[row], decays[row], norms[row]) for row in rows}
+        for row in rows:
+            parameters[row].grad = grads[row].clone()
+            if norms[row]:
+                torch.nn.utils.clip_grad_norm_([parameters[row]], norms[row])
+            reference[row].param_groups[0]["lr"] = rates[row]
+            reference[row].step()
+        optimizer.step(weights, grads, updates, row_norms(grads, rows))
+    for row, parameter in enumerate(parameters):
+        error = (weights[row] - parameter.detach()).abs().max() / weights[row].abs().max()
+        assert float(error) < 1e-12
+
+
+def test_experts_without_an_update_keep_every_bit_of_weights_and_moments():
+    weights, grads = draw(4, 300, dtype=torch.float32), draw(4, 300, seed=1, dtype=torch.float32)
+    optimizer = StackedAdamW(weights)
+    everyone = {row: Update(1e-2, 0.1, 1.0) for row in range(4)}
+    optimizer.step(weights, grads, everyone, row_norms(grads, range(4)))
+    kept = [tensor.clone() for tensor in (weights, optimizer.mean, optimizer.square, optimizer.steps)]
+    grads[0], grads[2] = float("nan"), float("inf")
+    some = {row: everyone[row] for row in (1, 3)}
+    optimizer.step(weights, grads, some, row_norms(grads, [1, 3]))
+    for before, after in zip(kept, (weights, optimizer.mean, optimizer.square, optimizer.steps), strict=True):
+        assert torch.equal(before[[0, 2]], after[[0, 2]])
+        assert not torch.equal(before[1], after[1])
+        assert not torch.equal(before[3], after[3])
+
+
+def test_norms_of_long_rows_are_accurate_and_show_what_is_not_finite():
+    grads = draw(3, 3_000_000, dtype=torch.float32)
+    exact = float(grads[0].double().norm())
+    grads[1, 17], grads[2, 2_999_999] = float("inf"), float("nan")
+    norms = row_norms(grads, [0, 1, 2])
+    assert norms[0] == pytest.approx(exact, rel=1e-6)
+    assert not math.isfinite(norms[1])
+    assert math.isnan(norms[2])
+
+
+def test_the_state_of_an_expert_is_two_moments_in_its_own_dtype():
+    assert StackedAdamW(torch.zeros(3, 100)).bytes_per_expert == 800
+
+
+# What shares a forward --------------------------------------------------------------------------------------
+
+
+def rows_of(*lengths: int) -> list[Encoded]:
+    return [Encoded(tuple(range(length - 1)), (1,)) for length in lengths]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(2, 50), min_size=1, max_size=12), min_size=1, max_size=8),
+    st.integers(20, 300),
+    st.integers(0, 60),
+    st.none() | st.integers(1, 5),
+)
+def test_every_row_is_in_one_forward_that_fits_and_names_its_slots(lengths, tokens, overhead, rows):
+    packing = Packing(tokens, tokens // 2, tokens, overhead, 5, rows)
+    chosen = {3 * slot: rows_of(*own) for slot, own in enumerate(lengths)}
+    found = micro_batches(chosen, packing)
+    placed = sorted(
+        (slot, len(item)) for micro in found for slot, item in zip(micro.slots, micro.items, strict=True)
+    )
+    assert placed == sorted((slot, len(item)) for slot, items in chosen.items() for item in items)
+    for micro in found:
+        assert len(micro.items) == 1 or len(micro.items) * max(map(len, micro.items)) <= tokens
+        assert rows is None or len(micro.items) <= rows
+        assert micro.lo == min(micro.slots)
+        assert micro.hi == max(micro.slots) + 1
+
+
+def test_an_expert_with_enough_rows_is_cut_as_if_alone_and_small_ones_share():
+    packing = Packing(tokens=100, enough=60, mixed=60, overhead=4)
+    chosen = {0: rows_of(5, 7), 1: rows_of(6, 6), 2: rows_of(30, 20, 40), 3: rows_of(8)}
+    found = micro_batches(chosen, packing)
+    assert [micro.items for micro in found if set(micro.slots) == {2}] == [
+        micro.items for micro in micro_batches({2: chosen[2]}, packing)
+    ]
+    assert [sorted(set(micro.slots)) for micro in found if micro.mixed] == [[0, 1]]
+    assert not any(micro.mixed for micro in micro_batches(chosen, packing, apart=chosen))
+
+
+def test_rows_are_cut_where_padding_costs_more_than_a_forward():
+    lengths = [4, 4, 4, 4, 50, 50]
+    packing = Packing(1000, 10, 10, 0)
+    assert cuts(lengths, packing, overhead=20) == [(0, 4), (4, 6)]
+    assert cuts(lengths, packing, overhead=1000) == [(0, 6)]
+
+
+# Failures, waves and restarts -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    torch.set_num_threads(1)
+    return worker.base_model(torch.float32)
+
+
+def few(name: str, steps: int = 12, **changes: Any) -> Any:
+    made = worker.trainee(name)
+    made.recipe = dataclasses.replace(made.recipe, steps=steps, eval_every=5, **changes)
+    return type(made)(made.name, made.train, made.validate, made.recipe)
+
+
+def run(base: Any, trainees: list[Any], slots: int, **options: Any) -> Any:
+    return worker.train(FrozenBase(base, ALONE, 0), base, "expert", trainees, slots, **options)
+
+
+@pytest.mark.parametrize(("dtype", "rate", "tolerance"), [("float64", 1e160, 1e-9), ("float32", 1e25, 1e-2)])
+def test_an_expert_that_diverges_stops_alone_and_the_others_go_on_as_without_it(dtype, rate, tolerance):
+    # In fp64 the groups are a loop, in fp32 one kernel with padded groups, where a NaN spreads to neighbours.
+    model = worker.base_model(getattr(torch, dtype))
+    names = list(worker.SIZES)
+    wild = {"three": {"learning_rate": rate}}
+    found = run(model, [few(name, **wild.get(name, {})) for name in names], slots=6)
+    others = run(model, [few(name) for name in names if name not in wild], slots=5)
+    lost = found.pop("three")
+    assert "not finite in 5 steps in a row" in lost["stopped"]
+    assert lost["skipped"] >= 5
+    assert lost["row"].isfinite().all()
+    for name, one in others.items():
+        assert found[name]["skipped"] == 0
+        assert found[name]["losses"] == pytest.approx(one["losses"], rel=tolerance)
+        assert (found[name]["row"] - one["row"]).abs().max() <= tolerance * one["row"].abs().max()
+
+
+def test_one_slot_at_a_time_gives_what_all_slots_give(base):
+    # No two slots share a forward here, so the results have the same bits.
+    lonely = Packing(tokens=500, enough=1, mixed=1, overhead=16)
+    wave = run(base, [few(name) for name in worker.SIZES], slots=2, packing=lonely)
+    all_at_once = run(base, [few(name) for name in worker.SIZES], slots=6, packing=lonely)
+    assert wave.keys() == all_at_once.keys()
+    for name, one in wave.items():
+        assert torch.equal(one["row"], all_at_once[name]["row"])
+
+
+def test_checkpointed_activations_change_rounding_only(base):
+    plain = run(base, [few(name) for name in worker.SIZES], slots=6)
+    again = run(base, [few(name) for name in worker.SIZES], slots=6, checkpointing=True)
+    for name, one in plain.items():
+        assert (again[name]["row"] - one["row"]).abs().max() <= 1e-4 * one["row"].abs().max()
+
+
+def test_an_early_stop_keeps_the_best_weights(base):
+    found = run(base, [few("one", steps=60, patience=2, learning_rate=3e-2)], slots=1)["one"]
+    steps = [step for step, _ in found["validation"]]
+    assert len(found["losses"]) == steps[-1] < 60
+    assert steps.index(found["best_step"]) == len(steps) - 3
+    assert found["stopped"] == ""
+
+
+def test_a_killed_training_goes_on_after_its_last_save_and_ends_the_same(base, tmp_path, monkeypatch):
+    names = list(worker.SIZES)
+
+    def keeper(minutes: float) -> Unfinished:
+        return Unfinished(tmp_path, {name: training_key(few(name)) for name in names}, minutes)
+
+    whole = run(base, [few(name) for name in names], slots=4)
+    turns = 0
+    once = CoTraining.turn
+
+    def turn_until_killed(self: Any) -> Any:
+        nonlocal turns
+        turns += 1
+        if turns == 8:
+            raise KeyboardInterrupt
+        return once(self)
+
+    monkeypatch.setattr(CoTraining, "turn", turn_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, [few(name) for name in names], slots=4, unfinished=keeper(0.0))
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 4
+    drawn = []
+    monkeypatch.setattr(CoTraining, "turn", lambda self: drawn.append(len(self._active)) or once(self))
+    again = run(base, [few(name) for name in names], slots=4, unfinished=keeper(60.0))
+    assert sum(drawn) == 6 * 12 - 4 * 7
+    assert again.keys() == whole.keys()
+    for name, one in whole.items():
+        assert torch.equal(one["row"], again[name]["row"])
+        assert one["losses"] == again[name]["losses"]
+        assert one["validation"] == [tuple(value) for value in again[name]["validation"]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_kept_state_of_another_recipe_is_not_used(base, tmp_path):
+    one, other = few("one"), few("one", learning_rate=1e-4)
+    assert training_key(one) != training_key(other)
+    assert training_key(one) == training_key(few("one"))
+    assert training_key(one, "expert A") != training_key(one, "expert B")
+
+
+# The stages -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    write_tasks(tmp_path / "tasks")
+    save_tiny_base(tmp_path / "base", tiny_causal())
+    return tmp_path
+
+
+def with_settings(job: Path, **settings_of: dict[str, Any]) -> None:
+    index = job / "tasks" / "tasks.json"
+    value = json.loads(index.read_text())
+    for record in value["tasks"]:
+        record["train"] = settings_of.get(record["name"], {})
+    index.write_text(json.dumps(value))
+
+
+def stage(job: Path, name: str, **changes: Any) -> Any:
+    with cores(1):
+        return command(name, *job_settings(job, base=job / "base", **changes))
+
+
+def test_a_task_has_its_own_training_settings_and_the_others_do_not_notice(job):
+    assert stage(job, "train-experts").code == 0
+    plain = adapters(job / "pool")
+    with_settings(job, copy={"max_steps": 3, "learning_rate": 1e-4})
+    assert stage(job, "train-experts", pool=job / "other").code == 0
+    other = adapters(job / "other")
+    training = ExpertPool.open(job / "other").expert("copy").card()["training"]
+    assert (training["steps"], training["learning_rate"]) == (3, 1e-4)
+    for key, value in plain["upper"].items():
+        assert torch.equal(value, other["upper"][key])
+    assert any(not torch.equal(value, other["copy"][key]) for key, value in plain["copy"].items())
+
+
+@pytest.mark.parametrize(
+    ("settings_of", "said"),
+    [
+        ({"learning_rat": 1.0}, "learning_rat"),
+        ({"max_steps": 0}, "train.max_steps is 0"),
+        ({"max_steps": "x"}, "'x'"),
+    ],
+)
+def test_a_wrong_setting_of_a_task_is_named_before_anything_is_trained(job, settings_of, said):
+    with_settings(job, copy=settings_of)
+    outcome = stage(job, "train-experts")
+    assert outcome.code == 2
+    assert "the settings of task 'copy' under 'train'" in outcome.errors[0]
+    assert said in outcome.errors[0]
+    assert not (job / "pool").exists()
+
+
+def test_an_expert_that_diverges_is_named_by_its_card_and_by_the_exit_code(job):
+    with_settings(job, copy={"learning_rate": 1e25})
+    changes = {"train__max_steps": 12, "train__max_failures": 3}
+    outcome = stage(job, "train-experts", **changes)
+    assert outcome.code == 2
+    assert (
+        "1 of 3 experts stopped early: copy (the loss or its gradient was not finite in 3 steps"
+        in outcome.errors[0]
+    )
+    pool = ExpertPool.open(job / "pool")
+    assert set(pool.names) == {"copy", "last", "upper"}
+    card = pool.expert("copy").card()
+    assert "not finite" in card["training"]["stopped"]
+    assert pool.expert("last").card()["scores"]["validation_loss"] > 0
+    assert all(value.isfinite().all() for value in adapters(job / "pool")["copy"].values())
+    assert stage(job, "train-experts", **changes).code == 0
