@@ -32,6 +32,7 @@ class Command:
     defaults: dict[str, Any] = field(default_factory=dict)
     takes_text: bool = False
     launches: bool = False
+    serves: bool = False  # runs as a single process, without ranks and without a run directory
     own_usage: bool = False  # sorts its words and key=value itself, and explains them in the module's USAGE
 
 
@@ -63,6 +64,11 @@ COMMANDS = {
     ),
     "predict": Command(
         f"{_EVALUATION}.predict:run", "answer a text and show which experts served it", takes_text=True
+    ),
+    "serve-embeddings": Command(
+        "glider_dist.semantics.service.server:run",
+        "serve the embedder to all ranks, jobs and OpenAI clients over HTTP",
+        serves=True,
     ),
     "pool": Command(
         "glider_dist.pool_command:run",
@@ -163,6 +169,8 @@ def _main(argv: list[str]) -> int:
     if command.launches or command.own_usage:
         return int(stage(arguments))
     cfg = read_config(arguments.file, arguments.overrides, command.defaults)
+    if command.serves:
+        return int(stage(cfg))
     run_stage(arguments.command, cfg, stage, arguments.text)
     return 0
 

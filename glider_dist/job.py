@@ -22,6 +22,7 @@ from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import fingerprint
 from glider_dist.parallel.ranks import Ranks
 from glider_dist.pool import ExpertPool, Fingerprint
+from glider_dist.semantics.source import EmbedderSource
 from glider_dist.tasks.source import TaskSuite, load_tasks
 from glider_dist.tracking.run import Run
 
@@ -63,6 +64,11 @@ class Job:
     @cached_property
     def collator(self) -> Collator:
         return Collator(self.base, self.cfg.tasks.max_length)
+
+    @cached_property
+    def embedder(self) -> EmbedderSource:
+        """The embedder of the global router, here or behind a service; all ranks ask for it together."""
+        return EmbedderSource(self.cfg, self.ranks)
 
     @cached_property
     def run(self) -> Run:
@@ -111,3 +117,5 @@ class Job:
         if "run" in self.__dict__:
             self.run.finish()
         self.ranks.close()
+        if "embedder" in self.__dict__:
+            self.embedder.close()

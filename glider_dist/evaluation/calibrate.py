@@ -27,8 +27,8 @@ from glider_dist.evaluation.routers import router_scope, router_settings
 from glider_dist.job import Job
 from glider_dist.model.attach import attach_pool, detach, set_router
 from glider_dist.pool.files import write_json
-from glider_dist.semantics.embedder import Embedder
-from glider_dist.semantics.index import FILE, GlobalRouter
+from glider_dist.semantics.global_router import GlobalRouter
+from glider_dist.semantics.index import FILE, index_settings
 from glider_dist.tracking.progress import progress
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def run(job: Job) -> None:
         raise GliderError(
             f"calibration needs a held-in task with an expert in {pool.path}, and at least two experts"
         )
-    router = GlobalRouter(pool, Embedder(cfg.embedder))
+    router = GlobalRouter(pool, job.embedder, index_settings(job.cfg))
     index = pool.router_dir / FILE
     state = {
         "files": {expert.name: expert.card().get("files", {}) for expert in pool.experts()},

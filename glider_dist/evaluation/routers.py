@@ -26,7 +26,7 @@ from glider_dist.model.attach import (
 )
 from glider_dist.pool import ExpertPool
 from glider_dist.routing.strategies import STRATEGIES
-from glider_dist.semantics.index import GlobalRouter
+from glider_dist.semantics.global_router import GlobalRouter
 
 HINDSIGHT_QUERIES = 16
 
