@@ -140,8 +140,10 @@ class ServiceConfig:
     timeout: float = _setting(60.0, "seconds to keep trying when the endpoint does not answer")
     fallback: bool = _setting(True, "then load the embedder in this process, and say so once; false: stop")
     request_texts: int = _setting(128, "texts per request to the endpoint")
-    query_prefix: str = _setting("", "put before each query, as E5 models need; stored with the index")
-    description_prefix: str = _setting("", "put before each description; stored with the index")
+    query_prefix: str | None = _setting(
+        None, "put before each query, as E5 models need ('query: ', in quotes); stored with the index"
+    )
+    description_prefix: str | None = _setting(None, "put before each description; stored with the index")
     device: str = _setting("cpu", "device of the service's model", ("auto", "cpu", "cuda"))
     max_batch_tokens: int | None = _setting(
         None, "tokens per forward pass at most, padding counted; None: 1024 on a CPU, 16384 on a GPU"

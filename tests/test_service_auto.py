@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -129,15 +130,15 @@ def services() -> set[int]:
     found = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if "serve-embeddings" in process.cmdline():
+            # Other jobs of this machine have other caches.
+            mine = process.environ().get("GLIDER_DIST_CACHE") == environment()["GLIDER_DIST_CACHE"]
+            if mine and "serve-embeddings" in process.cmdline():
                 found.add(process.pid)
     return found
 
 
 def answers(run: Path) -> str:
     """What was answered, without times."""
-    import json
-
     value = json.loads((run / "rows" / "glider.json").read_text())
     return json.dumps([[q["id"], q["prediction"], q["own_first"]] for q in value["result"]["queries"]])
 

@@ -17,8 +17,7 @@ from glider_dist.job import Job
 from glider_dist.model.attach import attach_pool, detach, set_router
 from glider_dist.pool.files import write_json
 from glider_dist.routing.strategies import STRATEGIES
-from glider_dist.semantics.global_router import GlobalRouter
-from glider_dist.semantics.index import index_settings
+from glider_dist.semantics.global_router import global_router
 
 REPEATS = 3
 
@@ -31,9 +30,7 @@ def run(job: Job, what: str = "evaluate") -> None:
     routers = ["base", *(kind for kind in cfg.evaluate.routers if kind not in ("base", "oracle"))]
     queries = make_queries(job.tasks.all, "test", cfg.evaluate.queries, job.collator, pool.names)
     mine = queries[job.ranks.rank :: job.ranks.world]
-    similarity = GlobalRouter(pool, job.embedder, index_settings(job.cfg)).similarity(
-        [query.instruction for query in mine]
-    )
+    similarity = global_router(job, pool).similarity([query.instruction for query in mine])
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
     model = attach_pool(job.frozen.model, pool, dataclasses.replace(cfg.router, kind="phatgoose"))
     seconds: dict[str, list[float]] = {kind: [] for kind in routers}

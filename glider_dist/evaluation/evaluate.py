@@ -18,8 +18,8 @@ from glider_dist.model.attach import attach_pool, detach
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json, write_json
 from glider_dist.routing.strategies import check_router, strategy_of
-from glider_dist.semantics.global_router import GlobalRouter
-from glider_dist.semantics.index import FILE, index_settings
+from glider_dist.semantics.global_router import global_router, query_settings
+from glider_dist.semantics.index import FILE
 from glider_dist.tracking.progress import progress
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str],
     strategies = [strategy_of(dataclasses.replace(job.cfg.router, kind=kind)) for kind in todo]
     needs_index = any(strategy.uses_global for strategy in strategies)
     needs_gates = any(strategy.local == "gate" for strategy in strategies)
-    router = GlobalRouter(pool, job.embedder, index_settings(job.cfg)) if needs_index else None
+    router = global_router(job, pool) if needs_index else None
     first = dataclasses.replace(job.cfg.router, kind="phatgoose" if needs_gates else "base")
     model = attach_pool(job.frozen.model, pool, first)
     try:
@@ -116,6 +116,7 @@ def rows_key(job: Job, pool: ExpertPool) -> str:
             "batch_size": None,
         },
         "base_dtype": [cfg.dtype, cfg.device],
+        **query_settings(job),
     }
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

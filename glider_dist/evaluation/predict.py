@@ -14,8 +14,7 @@ from glider_dist.job import Job
 from glider_dist.model.attach import attach_pool, detach, routing_stats
 from glider_dist.pool import ExpertPool
 from glider_dist.routing.strategies import STRATEGIES
-from glider_dist.semantics.global_router import GlobalRouter
-from glider_dist.semantics.index import index_settings
+from glider_dist.semantics.global_router import global_router
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def predict(job: Job, pool: ExpertPool, text: str) -> Prediction:
     instruction, prompt = split_text(text)
     similarity = None
     if strategy.uses_global:
-        similarity = GlobalRouter(pool, job.embedder, index_settings(job.cfg)).similarity([instruction])
+        similarity = global_router(job, pool).similarity([instruction])
     model = attach_pool(job.frozen.model, pool, job.cfg.router)
     try:
         runner = QueryRunner(job.frozen, job.collator, 1)

@@ -91,7 +91,9 @@ class IndexSettings:
 
 
 def index_settings(cfg: Config) -> IndexSettings:
-    return IndexSettings(cfg.service.query_prefix, cfg.service.description_prefix, cfg.describe.pooling)
+    return IndexSettings(
+        cfg.service.query_prefix or "", cfg.service.description_prefix or "", cfg.describe.pooling
+    )
 
 
 def texts_digest(descriptions: dict[str, list[str]]) -> str:

@@ -16,9 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from glider_dist.semantics.cache_file import CacheFile
 from glider_dist.semantics.embedder import Embedder, batches
 from glider_dist.semantics.service.metrics import Metrics
-from glider_dist.semantics.vectors import Recent, VectorFile, pack, text_key
+from glider_dist.semantics.vectors import Recent, pack, text_key
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Batcher:
         max_batch_tokens: int,
         max_wait: float,
         max_queue: int,
-        file: VectorFile | None,
+        file: CacheFile | None,
     ):
         self.model = model
         self.metrics = metrics

@@ -23,9 +23,9 @@ from typing import Any
 from glider_dist.config import Config, ServiceConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.cache import cache_dir
+from glider_dist.semantics.cache_file import CacheFile
 from glider_dist.semantics.embedder import Embedder, batch_tokens
 from glider_dist.semantics.service.access import PARENT, TOKEN, is_loopback, read_token
-from glider_dist.semantics.vectors import VectorFile
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ async def _load(model: Embedder, served: Any, metrics: Any, settings: ServiceCon
     fingerprint = await loop.run_in_executor(None, model.fingerprint)
     file = None
     if settings.cache != "off":
-        file = await loop.run_in_executor(None, VectorFile, cache_path(settings), settings.cache_entries)
+        file = await loop.run_in_executor(None, CacheFile, cache_path(settings), settings.cache_entries)
     batcher = Batcher(
         model,
         metrics,
