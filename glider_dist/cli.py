@@ -46,6 +46,7 @@ class Command:
     takes_text: bool = False
     launches: bool = False
     keeps_record: bool = True  # writes a run directory
+    serves: bool = False  # runs as a single process, without ranks and without a run directory
     own_usage: bool = False  # sorts its words and key=value itself, and explains them in the module's USAGE
 
 
@@ -82,6 +83,11 @@ COMMANDS = {
         "answer a text and show which experts served it",
         takes_text=True,
         keeps_record=False,
+    ),
+    "serve-embeddings": Command(
+        "glider_dist.semantics.service.server:run",
+        "serve the embedder to all ranks, jobs and OpenAI clients over HTTP",
+        serves=True,
     ),
     "pool": Command(
         "glider_dist.pool_command:run",
@@ -195,6 +201,8 @@ def _main(argv: list[str]) -> int:
     if command.launches or command.own_usage:
         return int(stage(arguments))
     cfg = read_config(arguments.file, arguments.overrides, command.defaults)
+    if command.serves:
+        return int(stage(cfg))
     run_stage(arguments.command, cfg, stage, arguments.text)
     return 0
 

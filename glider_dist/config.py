@@ -142,6 +142,74 @@ class CalibrateConfig:
 
 
 @dataclass
+class ServiceConfig:
+    """The embedding service. Its token and, if it shall not be recorded, its address come from the environment:
+    ``GLIDER_DIST_SERVICE_TOKEN`` and ``GLIDER_DIST_SERVICE_URL``."""
+
+    url: str | None = _setting(
+        None,
+        "embeddings endpoint (ours, vLLM, Text Embeddings Inference, hosted); auto: the job starts its own; "
+        "None: $GLIDER_DIST_SERVICE_URL, else the model in each process",
+    )
+    host: str = _setting("127.0.0.1", "serve-embeddings: address to listen on; a token is needed beyond loopback")
+    port: int = _setting(8090, "serve-embeddings: port; 0: a free one")
+    token_file: str | None = _setting(
+        None, "file with the bearer token, where $GLIDER_DIST_SERVICE_TOKEN is not set"
+    )
+    model: str | None = _setting(
+        None, "model to ask the endpoint for; None: the embedder's name, or its only model"
+    )
+    timeout: float = _setting(60.0, "seconds to keep trying when the endpoint does not answer")
+    fallback: bool = _setting(True, "then load the embedder in this process, and say so once; false: stop")
+    request_texts: int = _setting(128, "texts per request to the endpoint")
+    query_prefix: str | None = _setting(
+        None, "put before each query, as E5 models need ('query: ', in quotes); stored with the index"
+    )
+    description_prefix: str | None = _setting(None, "put before each description; stored with the index")
+    device: str = _setting("cpu", "device of the service's model", ("auto", "cpu", "cuda"))
+    max_batch_tokens: int | None = _setting(
+        None, "tokens per forward pass at most, padding counted; None: 1024 on a CPU, 16384 on a GPU"
+    )
+    max_wait_ms: float = _setting(2.0, "how long an idle model waits for more texts")
+    max_texts: int = _setting(2048, "texts per request at most")
+    max_body_mb: float = _setting(8.0, "size of a request at most")
+    max_queue: int = _setting(16384, "texts that may wait; further requests are answered 429")
+    cache: str | None = _setting(
+        None, "SQLite file of embeddings; None: embeddings.sqlite in the cache folder; off: memory only"
+    )
+    cache_entries: int = _setting(1_000_000, "embeddings kept on disk at most")
+
+
+@dataclass
+class DescribeConfig:
+    """Descriptions by a chat model. Its address and key come from the environment: ``OPENAI_BASE_URL`` and
+    ``OPENAI_API_KEY``."""
+
+    source: str = _setting(
+        "task", "who describes experts: the tasks' own texts, or a chat model (llm)", ("task", "llm")
+    )
+    model: str | None = _setting(None, "chat model; None: $OPENAI_MODEL")
+    examples: int = _setting(3, "training examples that the model sees of each task")
+    descriptions: int = _setting(1, "descriptions per expert")
+    max_tokens: int = _setting(512, "length of the model's answer at most")
+    temperature: float = _setting(0.0, "sampling temperature of the first try; later tries use 0.7 at least")
+    tries: int = _setting(3, "answers asked for until one is valid JSON")
+    retries: int = _setting(6, "times a request is repeated when the endpoint fails or is busy")
+    timeout: float = _setting(60.0, "seconds for one answer")
+    workers: int = _setting(4, "requests under way at once")
+    requests_per_minute: float = _setting(0.0, "requests per minute at most; 0: no limit")
+    cache: str | None = _setting(
+        None, "SQLite file of the model's answers; None: descriptions.sqlite in the cache folder; off: none"
+    )
+    queries: str = _setting(
+        "instruction", "what of a query is embedded: its instruction, or an llm's description of it",
+        ("instruction", "llm"),
+    )  # fmt: skip
+    query_timeout: float = _setting(10.0, "seconds for a query's description; then its instruction is embedded")
+    pooling: str = _setting("max", "over an expert's descriptions: largest or mean cosine", ("max", "mean"))
+
+
+@dataclass
 class Config:
     base: str = _setting("smollm2-135m", "base model: smollm2-135m, a hub id, a model folder or a .gguf file")
     pool: str | None = _setting(None, "the pool's folder; None: run_dir/pool for quickstart, an error elsewhere")
@@ -171,6 +239,8 @@ class Config:
     router: RouterConfig = field(default_factory=RouterConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    service: ServiceConfig = field(default_factory=ServiceConfig)
+    describe: DescribeConfig = field(default_factory=DescribeConfig)
 
     def validate(self) -> None:
         """Check ranges that types cannot express.
@@ -202,6 +272,19 @@ class Config:
             "calibrate.queries": self.calibrate.queries,
             "tasks.max_length": self.tasks.max_length,
             "mesh.expert_parallel": self.mesh.expert_parallel,
+            "describe.examples": self.describe.examples,
+            "describe.descriptions": self.describe.descriptions,
+            "describe.max_tokens": self.describe.max_tokens,
+            "describe.tries": self.describe.tries,
+            "describe.timeout": self.describe.timeout,
+            "describe.query_timeout": self.describe.query_timeout,
+            "describe.workers": self.describe.workers,
+            "service.timeout": self.service.timeout,
+            "service.request_texts": self.service.request_texts,
+            "service.max_texts": self.service.max_texts,
+            "service.max_body_mb": self.service.max_body_mb,
+            "service.max_queue": self.service.max_queue,
+            "service.cache_entries": self.service.cache_entries,
         }
         optional = {
             "tasks.limit": self.tasks.limit,
@@ -210,6 +293,7 @@ class Config:
             "train.micro_batch_tokens": self.train.micro_batch_tokens,
             "train.gate_batch_size": self.train.gate_batch_size,
             "router.shortlist": self.router.shortlist,
+            "service.max_batch_tokens": self.service.max_batch_tokens,
         }
         positive.update({key: value for key, value in optional.items() if value is not None})
         for key, value in positive.items():

@@ -26,6 +26,7 @@ from glider_dist.parallel.mesh import Mesh, init_mesh
 from glider_dist.parallel.placement import Placement, balanced, contiguous, load_of
 from glider_dist.parallel.ranks import Ranks
 from glider_dist.pool import ExpertPool, Fingerprint
+from glider_dist.semantics.source import EmbedderSource
 from glider_dist.tasks.source import TaskSuite, load_tasks
 from glider_dist.tracking.run import Run, check_run_dir
 
@@ -97,6 +98,11 @@ class Job:
         return Collator(self.base, self.cfg.tasks.max_length)
 
     @cached_property
+    def embedder(self) -> EmbedderSource:
+        """The embedder of the global router, here or behind a service; all ranks ask for it together."""
+        return EmbedderSource(self.cfg, self.ranks)
+
+    @cached_property
     def run(self) -> Run:
         """The run directory; the first use writes it."""
         config = OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True)
@@ -154,3 +160,5 @@ class Job:
         if "run" in self.__dict__:
             self.run.finish()
         self.ranks.close()
+        if "embedder" in self.__dict__:
+            self.embedder.close()

@@ -15,8 +15,7 @@ from glider_dist.evaluation.routers import router_scope
 from glider_dist.job import Job
 from glider_dist.model.attach import detach, set_router
 from glider_dist.pool.files import write_json
-from glider_dist.semantics.embedder import Embedder
-from glider_dist.semantics.index import GlobalRouter
+from glider_dist.semantics.global_router import global_router
 
 REPEATS = 3
 
@@ -27,7 +26,7 @@ def run(job: Job) -> None:
     routers = ["base", *(kind for kind in cfg.evaluate.routers if kind not in ("base", "oracle"))]
     queries = make_queries(job.tasks.all, "test", cfg.evaluate.queries, job.collator, pool.names)
     mine = queries[job.ranks.rank :: job.ranks.world]
-    similarity = GlobalRouter(pool, Embedder(cfg.embedder)).similarity([query.instruction for query in mine])
+    similarity = global_router(job, pool).similarity([query.instruction for query in mine])
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
     model = job.attach(pool, dataclasses.replace(cfg.router, kind="phatgoose"))
     seconds: dict[str, list[float]] = {kind: [] for kind in routers}

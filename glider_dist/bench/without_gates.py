@@ -29,8 +29,7 @@ from glider_dist.pool.adapter_config import CONFIG_FILE
 from glider_dist.pool.files import replacing, write_tensors
 from glider_dist.routing.strategies import STRATEGIES, strategy_of
 from glider_dist.semantics import describe, index
-from glider_dist.semantics.embedder import Embedder
-from glider_dist.semantics.index import GlobalRouter
+from glider_dist.semantics.global_router import global_router
 from glider_dist.tasks.task import stable_hash
 
 Tensors = dict[str, torch.Tensor]
@@ -66,7 +65,7 @@ def evaluate_control(job: Job, pool: ExpertPool) -> list[RouterResult]:
     """The routers of ``evaluate.routers`` that look at the query, over another pool; named ``ROUTER, random``."""
     kinds = [kind for kind in job.cfg.evaluate.routers if STRATEGIES[kind].static is None]
     queries = make_queries(job.tasks.all, "test", job.cfg.evaluate.queries, job.collator, pool.names)
-    router = GlobalRouter(pool, Embedder(job.cfg.embedder))
+    router = global_router(job, pool)
     attach_pool(job.frozen.model, pool, dataclasses.replace(job.cfg.router, kind="base"))
     try:
         found = [evaluate_router(job, pool, kind, queries, router)[0] for kind in kinds]

@@ -27,8 +27,8 @@ from glider_dist.evaluation.routers import router_scope, router_settings
 from glider_dist.job import Job
 from glider_dist.model.attach import detach, set_router
 from glider_dist.pool.files import write_json
-from glider_dist.semantics.embedder import Embedder
-from glider_dist.semantics.index import FILE, GlobalRouter
+from glider_dist.semantics.global_router import global_router, query_settings
+from glider_dist.semantics.index import FILE
 from glider_dist.tracking.progress import progress
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def run(job: Job) -> None:
         raise GliderError(
             f"calibration needs a held-in task with an expert in {pool.path}, and at least two experts"
         )
-    router = GlobalRouter(pool, Embedder(cfg.embedder))
+    router = global_router(job, pool)
     index = pool.router_dir / FILE
     state = {
         "files": {expert.name: expert.card().get("files", {}) for expert in pool.experts()},
@@ -51,6 +51,7 @@ def run(job: Job) -> None:
         "settings": dataclasses.asdict(cfg.calibrate),
         "queries": [queries_digest(tasks, "validation", cfg.calibrate.queries), cfg.tasks.max_length],
         "router": router_settings(dataclasses.replace(cfg.router, **_UNSET)),
+        **query_settings(job),
     }
     key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     if calibration_of(pool).get("key") == key:
@@ -59,7 +60,13 @@ def run(job: Job) -> None:
         return
     pool.check_base(job.fingerprint)
     queries = make_queries(tasks, "validation", cfg.calibrate.queries, job.collator, pool.names)
-    similarity = router.similarity([query.instruction for query in queries])
+    # Each rank asks for its share, and all get everything.
+    shares = job.ranks.gather(
+        router.similarity([query.instruction for query in queries[job.ranks.rank :: job.ranks.world]])
+    )
+    similarity = torch.empty(len(queries), len(pool))
+    for rank, share in enumerate(shares):
+        similarity[rank :: job.ranks.world] = share
     without = similarity.clone()
     without[torch.arange(len(queries)), torch.tensor([query.owner for query in queries])] = float("-inf")
     both = torch.cat([similarity, without])

@@ -19,8 +19,8 @@ from glider_dist.model.attach import detach
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json, write_json
 from glider_dist.routing.strategies import check_router, check_shared, needs_scores, strategy_of
-from glider_dist.semantics.embedder import Embedder
-from glider_dist.semantics.index import FILE, GlobalRouter
+from glider_dist.semantics.global_router import global_router, query_settings
+from glider_dist.semantics.index import FILE
 from glider_dist.tracking.progress import progress
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str],
     routers = [dataclasses.replace(job.cfg.router, kind=kind) for kind in todo]
     needs_index = any(needs_scores(router) for router in routers)
     needs_gates = any(strategy_of(router).local == "gate" for router in routers)
-    router = GlobalRouter(pool, Embedder(job.cfg.embedder)) if needs_index else None
+    router = global_router(job, pool) if needs_index else None
     first = dataclasses.replace(job.cfg.router, kind="phatgoose" if needs_gates else "base")
     model = job.attach(pool, first)
     try:
@@ -123,6 +123,7 @@ def rows_key(job: Job, pool: ExpertPool) -> str:
             "batch_size": None,
         },
         "base_dtype": [cfg.dtype, cfg.device],
+        **query_settings(job),
     }
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

@@ -14,8 +14,7 @@ from glider_dist.job import Job
 from glider_dist.model.attach import detach, routing_stats
 from glider_dist.pool import ExpertPool
 from glider_dist.routing.strategies import check_router, needs_scores
-from glider_dist.semantics.embedder import Embedder
-from glider_dist.semantics.index import GlobalRouter
+from glider_dist.semantics.global_router import global_router
 from glider_dist.tasks.record import check_text
 
 
@@ -50,7 +49,7 @@ def predict(job: Job, pool: ExpertPool, text: str) -> Prediction:
     instruction, prompt = split_text(text)
     similarity = None
     if needs_scores(job.cfg.router):
-        similarity = GlobalRouter(pool, Embedder(job.cfg.embedder)).similarity([instruction])
+        similarity = global_router(job, pool).similarity([instruction])
     model = job.attach(pool, job.cfg.router)
     try:
         runner = QueryRunner(job.frozen, job.collator, 1)

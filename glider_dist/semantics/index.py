@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from glider_dist.errors import GliderError
-from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import replacing
+from glider_dist.semantics.client import Unreachable
 from glider_dist.semantics.describe import descriptions_of
-from glider_dist.semantics.embedder import Embedder
+from glider_dist.semantics.embedder import TextEmbedder
 
 if TYPE_CHECKING:
+    from glider_dist.config import Config
     from glider_dist.job import Job
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,10 @@ class Index:
         owner: ``[N]`` int64, the expert of each row.
         embedder: id of the model that made them.
         texts: sha256 of the names and descriptions.
+        fingerprint: of the model's weights; empty if it is not known.
+        query_prefix, description_prefix: what was put before descriptions, and is to be put before queries.
+        pooling: ``max`` or ``mean`` over an expert's descriptions.
+        rows: ``[N, 32]`` uint8, sha256 of each row's text; what was embedded once is found again by it.
     """
 
     names: tuple[str, ...]
@@ -44,9 +50,14 @@ class Index:
     owner: torch.Tensor
     embedder: str
     texts: str
+    fingerprint: str = ""
+    query_prefix: str = ""
+    description_prefix: str = ""
+    pooling: str = "max"
+    rows: torch.Tensor | None = None
 
     def similarity(self, queries_BD: torch.Tensor) -> torch.Tensor:
-        """Cosine of each query with each expert's nearest description; ``[B, E]``.
+        """Cosine of each query with each expert's descriptions, the largest or their mean; ``[B, E]``.
 
         Raises:
             GliderError: if the queries were embedded with another dimension.
@@ -58,35 +69,134 @@ class Index:
                 f"(made with {self.embedder}); use the same embedder or run index again"
             )
         cosines_BN = queries_BD @ self.embeddings.t()
-        best_BE = torch.full((len(queries_BD), len(self.names)), float("-inf"))
+        if self._one_each:
+            return cosines_BN
+        result_BE = torch.full((len(queries_BD), len(self.names)), float("-inf"))
         owner_BN = self.owner.expand(len(queries_BD), -1)
-        return best_BE.scatter_reduce(1, owner_BN, cosines_BN, "amax")
+        reduce = "amax" if self.pooling == "max" else "mean"
+        return result_BE.scatter_reduce(1, owner_BN, cosines_BN, reduce, include_self=False)
+
+    @cached_property
+    def _one_each(self) -> bool:
+        return torch.equal(self.owner, torch.arange(len(self.names)))
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """How descriptions become an index; see :class:`Index`."""
+
+    query_prefix: str = ""
+    description_prefix: str = ""
+    pooling: str = "max"
+
+
+def index_settings(cfg: Config) -> IndexSettings:
+    return IndexSettings(
+        cfg.service.query_prefix or "", cfg.service.description_prefix or "", cfg.describe.pooling
+    )
 
 
 def texts_digest(descriptions: dict[str, list[str]]) -> str:
     return hashlib.sha256(json.dumps(list(descriptions.items())).encode()).hexdigest()
 
 
-def build_index(descriptions: dict[str, list[str]], embedder: Embedder) -> Index:
-    """Embed ``{expert: descriptions}``.
+def _text_digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def build_index(
+    descriptions: dict[str, list[str]],
+    embedder: TextEmbedder,
+    settings: IndexSettings | None = None,
+    old: Index | None = None,
+) -> tuple[Index, int]:
+    """Embed ``{expert: descriptions}``; rows of ``old`` by the same model and prefix are taken from it.
+
+    Returns:
+        The index and how many texts were embedded for it.
 
     Raises:
         GliderError: if an expert has no description.
     """
+    settings = settings or IndexSettings()
     for name, texts in descriptions.items():
         if not texts:
             raise GliderError(f"expert {name!r} has no description; run describe first")
     owner = [index for index, texts in enumerate(descriptions.values()) for _ in texts]
-    vectors = embedder.embed([text for texts in descriptions.values() for text in texts])
-    return Index(tuple(descriptions), vectors, torch.tensor(owner), embedder.name, texts_digest(descriptions))
+    texts = [settings.description_prefix + text for texts in descriptions.values() for text in texts]
+    fingerprint = embedder.fingerprint() or ""
+    known = _known_rows(old, embedder.name, fingerprint)
+    digests = [_text_digest(text) for text in texts]
+    new = {digest: text for digest, text in zip(digests, texts, strict=True) if digest not in known}
+    vectors = dict(zip(new, embedder.embed(list(new.values())), strict=True))
+    for digest in digests:
+        if digest not in vectors and old is not None:
+            vectors[digest] = old.embeddings[known[digest]]
+    index = Index(
+        tuple(descriptions),
+        torch.stack([vectors[digest] for digest in digests]),
+        torch.tensor(owner),
+        embedder.name,
+        texts_digest(descriptions),
+        fingerprint,
+        settings.query_prefix,
+        settings.description_prefix,
+        settings.pooling,
+        torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), 32),
+    )
+    return index, len(new)
+
+
+def _known_rows(old: Index | None, embedder: str, fingerprint: str) -> dict[bytes, int]:
+    """``{digest of the text: row}`` of an index that the same model made."""
+    if old is None or old.rows is None or (old.embedder, old.fingerprint) != (embedder, fingerprint):
+        return {}
+    return {row.tobytes(): place for place, row in enumerate(old.rows.numpy())}
 
 
 def save_index(index: Index, path: Path) -> None:
     """Write the index, atomically."""
-    metadata = {"names": json.dumps(index.names), "embedder": index.embedder, "texts": index.texts}
+    metadata = {
+        "names": json.dumps(index.names),
+        "embedder": index.embedder,
+        "texts": index.texts,
+        "fingerprint": index.fingerprint,
+        "query_prefix": index.query_prefix,
+        "description_prefix": index.description_prefix,
+        "pooling": index.pooling,
+    }
     tensors = {"embeddings": index.embeddings.contiguous(), "owner": index.owner}
+    if index.rows is not None:
+        tensors["rows"] = index.rows
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def read_index(path: Path) -> Index:
+    """Read an index as it is.
+
+    Raises:
+        GliderError: if it is missing or damaged.
+    """
+    if not path.exists():
+        raise GliderError(f"{path} does not exist; run index first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            return Index(
+                tuple(json.loads(metadata["names"])),
+                file.get_tensor("embeddings"),
+                file.get_tensor("owner"),
+                metadata["embedder"],
+                metadata["texts"],
+                metadata.get("fingerprint", ""),
+                metadata.get("query_prefix", ""),
+                metadata.get("description_prefix", ""),
+                metadata.get("pooling", "max"),
+                file.get_tensor("rows") if "rows" in file.keys() else None,  # noqa: SIM118
+            )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise GliderError(f"{path} cannot be read ({error}); run index again") from None
 
 
 def load_index(path: Path, names: Sequence[str], descriptions: dict[str, list[str]] | None = None) -> Index:
@@ -95,20 +205,7 @@ def load_index(path: Path, names: Sequence[str], descriptions: dict[str, list[st
     Raises:
         GliderError: if it is missing, made for other experts or for descriptions that have changed since.
     """
-    if not path.exists():
-        raise GliderError(f"{path} does not exist; run index first")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            index = Index(
-                tuple(json.loads(metadata["names"])),
-                file.get_tensor("embeddings"),
-                file.get_tensor("owner"),
-                metadata["embedder"],
-                metadata["texts"],
-            )
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise GliderError(f"{path} cannot be read ({error}); run index again") from None
+    index = read_index(path)
     if index.names != tuple(names):
         odd = sorted(set(index.names) ^ set(names))
         raise GliderError(
@@ -119,45 +216,33 @@ def load_index(path: Path, names: Sequence[str], descriptions: dict[str, list[st
     return index
 
 
-class GlobalRouter:
-    """Similarity of queries to the experts of a pool: its index and an embedder together.
-
-    Raises:
-        GliderError: if the index is missing, stale, or made with another embedder.
-    """
-
-    def __init__(self, pool: ExpertPool, embedder: Embedder):
-        self.index = load_index(pool.router_dir / FILE, pool.names, descriptions_of(pool))
-        if self.index.embedder != embedder.name:
-            raise GliderError(
-                f"the index was made with embedder {self.index.embedder!r}, this run uses {embedder.name!r}; "
-                "use the same one or run index again"
-            )
-        self.embedder = embedder
-
-    def similarity(self, queries: Sequence[str]) -> torch.Tensor:
-        """Cosines ``[len(queries), E]`` fp32 on the CPU."""
-        if not queries:
-            return torch.zeros(0, len(self.index.names))
-        return self.index.similarity(self.embedder.embed(queries))
-
-
 def run(job: Job) -> None:
     """Embed the descriptions of the pool, unless its index already holds exactly these."""
     pool = job.open_pool(check_base=False)
     if not pool.names:
         raise GliderError(f"pool {pool.path} holds no experts")
-    embedder = Embedder(job.cfg.embedder)
+    from glider_dist.semantics.global_router import GlobalRouter
+
+    embedder, settings = job.embedder, index_settings(job.cfg)
     descriptions = descriptions_of(pool)
+    path = pool.router_dir / FILE
 
     def work() -> None:
         try:
-            GlobalRouter(pool, embedder)
+            GlobalRouter(pool, embedder, settings).check_embedder()
             log.info("the index is up to date")
+            return
+        except Unreachable:
+            raise
+        except GliderError as error:
+            log.debug("the index is made: %s", error)
+        try:
+            old = read_index(path)
         except GliderError:
-            made = build_index(descriptions, embedder)
-            save_index(made, pool.router_dir / FILE)
-            job.run.log({"index/descriptions": len(made.owner)})
-            log.info("indexed %d descriptions of %d experts", len(made.owner), len(pool))
+            old = None
+        made, embedded = build_index(descriptions, embedder, settings, old)
+        save_index(made, path)
+        job.run.log({"index/descriptions": len(made.owner), "index/embedded": embedded})
+        log.info("indexed %d descriptions of %d experts, %d of them new", len(made.owner), len(pool), embedded)
 
     job.ranks.on_main(work)

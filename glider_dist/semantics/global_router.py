@@ -1,0 +1,157 @@
+"""The global router: how near each query is to the descriptions of each expert."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from glider_dist.errors import GliderError
+from glider_dist.pool import ExpertPool
+from glider_dist.semantics.chat_descriptions import QueryDescriber
+from glider_dist.semantics.describe import descriptions_of
+from glider_dist.semantics.embedder import TextEmbedder
+from glider_dist.semantics.index import FILE, IndexSettings, index_settings, load_index
+
+if TYPE_CHECKING:
+    from glider_dist.job import Job
+
+_PROBES = 3  # descriptions that are embedded again to recognise a model without a fingerprint
+_SAME_MODEL = 0.995  # cosine; bfloat16 on the other side costs less than 0.002
+
+
+class GlobalRouter:
+    """Similarity of queries to the experts of a pool: its index and an embedder together.
+
+    Args:
+        settings: prefixes and pooling that this run asks for; None takes the index's own.
+        describer: writes the descriptions of queries; None embeds the queries themselves.
+
+    Attributes:
+        seconds: time spent so far on descriptions, embeddings and scores.
+
+    Raises:
+        GliderError: if the index is missing, stale, or made with another embedder or other prefixes.
+    """
+
+    def __init__(
+        self,
+        pool: ExpertPool,
+        embedder: TextEmbedder,
+        settings: IndexSettings | None = None,
+        describer: QueryDescriber | None = None,
+    ):
+        self._descriptions = descriptions_of(pool)
+        self.index = load_index(pool.router_dir / FILE, pool.names, self._descriptions)
+        if self.index.embedder != embedder.name:
+            raise GliderError(
+                f"the index was made with embedder {self.index.embedder!r}, this run uses {embedder.name!r}; "
+                "use the same one or run index again"
+            )
+        for key, value in vars(settings).items() if settings is not None else ():
+            if value != getattr(self.index, key):
+                raise GliderError(
+                    f"the index was made with {key}={getattr(self.index, key)!r}, this run asks for {value!r}; "
+                    "run index again"
+                )
+        self.embedder = embedder
+        self.describer = describer
+        self.seconds = {"description": 0.0, "embedding": 0.0, "scoring": 0.0}
+        self._checked = False
+
+    def similarity(self, queries: Sequence[str]) -> torch.Tensor:
+        """Cosines ``[len(queries), E]`` fp32 on the CPU.
+
+        Raises:
+            GliderError: the embedder is not the model that made the index.
+        """
+        if not queries:
+            return torch.zeros(0, len(self.index.names))
+        if not self._checked:
+            self.check_embedder()
+            self._checked = True
+        started = time.perf_counter()
+        texts = list(queries) if self.describer is None else self.describer.describe(queries)
+        described = time.perf_counter()
+        vectors = self.embedder.embed([self.index.query_prefix + text for text in texts])
+        embedded = time.perf_counter()
+        scores = self.index.similarity(vectors)
+        self.seconds["description"] += described - started
+        self.seconds["embedding"] += embedded - described
+        self.seconds["scoring"] += time.perf_counter() - embedded
+        return scores
+
+    def check_embedder(self) -> None:
+        """Compare fingerprints; where an endpoint has none, embed a description again and compare the vectors.
+
+        Raises:
+            GliderError: the embedder is not the model that made the index.
+        """
+        found = self.embedder.fingerprint()
+        advice = "use the same model or run index again"
+        if found is not None:
+            if self.index.fingerprint and found != self.index.fingerprint:
+                raise GliderError(f"the embedder's weights are not those that made the index; {advice}")
+            return
+        texts = [text for texts in self._descriptions.values() for text in texts][:_PROBES]
+        again = self.embedder.embed([self.index.description_prefix + text for text in texts])
+        stored = self.index.embeddings[: len(texts)]
+        if again.shape != stored.shape:
+            raise GliderError(
+                f"the endpoint's embeddings have {again.shape[1]} dimensions, the index {stored.shape[1]}; "
+                + advice
+            )
+        least = float((again * stored).sum(1).min())
+        if least < _SAME_MODEL:
+            raise GliderError(
+                f"the endpoint embeds the pool's descriptions unlike the index does (cosine {least:.3f}); {advice}"
+            )
+
+
+def global_router(job: Job, pool: ExpertPool) -> GlobalRouter:
+    """The global router of a pool as the job is configured; all ranks make it together."""
+    describer = QueryDescriber(job.cfg.describe) if job.cfg.describe.queries == "llm" else None
+    return GlobalRouter(pool, job.embedder, index_settings(job.cfg), describer)
+
+
+def query_settings(job: Job) -> dict[str, Any]:
+    """What of the configuration changes the similarities, apart from the index."""
+    describe = job.cfg.describe
+    return {"queries": describe.queries, "model": describe.model} if describe.queries == "llm" else {}
+
+
+class Ahead:
+    """Similarities that a thread asks for while the model runs: batch by batch, in the order of their use.
+
+    Args:
+        batches: positions of the queries of each batch; every query belongs to one.
+    """
+
+    def __init__(self, router: GlobalRouter, queries: Sequence[str], batches: Sequence[Sequence[int]]):
+        self._width = len(router.index.names)
+        self._batches = [torch.tensor(list(batch)) for batch in batches]
+        self._place = {query: (number, row) for number, b in enumerate(batches) for row, query in enumerate(b)}
+        self._thread = ThreadPoolExecutor(1, "similarity")
+        self._scores: list[Future[torch.Tensor]] = [
+            self._thread.submit(router.similarity, [queries[i] for i in batch]) for batch in batches
+        ]
+
+    def __getitem__(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Rows ``[len(chosen), E]``; waits for them if they are not there yet."""
+        if not self._place:
+            return torch.zeros(len(chosen), self._width)
+        places = [self._place[i] for i in chosen.tolist()]
+        return torch.stack([self._scores[number].result()[row] for number, row in places])
+
+    def all(self) -> torch.Tensor:
+        """``[queries, E]``."""
+        result = torch.zeros(len(self._place), self._width)
+        for batch, scores in zip(self._batches, self._scores, strict=True):
+            result[batch] = scores.result()
+        return result
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
