@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,37 +11,48 @@ from glider_dist.errors import GliderError
 if TYPE_CHECKING:
     from glider_dist.cli import Arguments
 
-USAGE = """usage: glider-dist bench layer [--ranks 1]
+USAGE = """usage: glider-dist bench layer|arrow|cotrain
        glider-dist bench dispatch [--ranks N]
-       deepspeed --num_gpus N --module glider_dist bench evaluate [CONFIG.yaml] [key=value ...]
+       deepspeed --num_gpus N --module glider_dist bench evaluate|without-gates [CONFIG.yaml] [key=value ...]
 
-layer     a routed layer in one process, against one LoRA, a loop over experts, and every expert on every token
-dispatch  one exchange between N processes on gloo, by each strategy, forward and backward
-evaluate  seconds per query of evaluate.routers and their ratios to the base alone (with the settings of evaluate)
+layer          a routed layer in one process, against one LoRA, a loop over experts, and every expert on every token
+dispatch       one exchange between N processes on gloo, by each strategy, forward and backward
+arrow          Arrow here and in PEFT: time and memory at 8, 32 and 128 adapters
+cotrain        many experts in one job, against one after another
+evaluate       seconds per query of evaluate.routers and their ratios to the base alone (with the settings of evaluate)
+without-gates  scores of the routers that need no gates, beside random adapters (with the settings of evaluate)
 
-Each prints a table and writes bench_WHAT.json into run_dir (default runs/bench).
+Each prints a table and writes its numbers into run_dir (default runs/bench).
 """
+
+_STAGES = {
+    "evaluate": "glider_dist.bench.evaluation",
+    "without-gates": "glider_dist.bench.without_gates",
+    "arrow": "glider_dist.bench.arrow",
+}
 
 
 def run(arguments: Arguments) -> int:
     """Raises GliderError for an unknown measurement."""
     what = arguments.text or "nothing"
-    if what == "evaluate":
-        from glider_dist.bench import evaluation
+    if what in _STAGES:
         from glider_dist.cli import run_stage
         from glider_dist.settings import read_config
 
-        run_stage("bench", read_config(arguments.file, arguments.overrides, {}), evaluation.run)
+        cfg = read_config(arguments.file, arguments.overrides, {})
+        run_stage("bench", cfg, importlib.import_module(_STAGES[what]).run)
         return 0
-    from glider_dist.bench import dispatch, layer
+    from glider_dist.bench import cotrain, dispatch, layer
 
-    folder = _folder(arguments)
     if what == "layer":
-        layer.run(folder)
+        layer.run(_folder(arguments))
     elif what == "dispatch":
-        dispatch.run(folder, arguments.ranks or 2)
+        dispatch.run(_folder(arguments), arguments.ranks or 2)
+    elif what == "cotrain":
+        cotrain.main([])
     else:
-        raise GliderError(f"bench knows layer, dispatch and evaluate, not {what!r}")
+        known = ", ".join(["layer", "dispatch", "cotrain", *_STAGES])
+        raise GliderError(f"bench knows {known}, not {what!r}")
     return 0
 
 
