@@ -15,12 +15,12 @@ USAGE = """usage: glider-dist bench layer|arrow|cotrain
        glider-dist bench dispatch [--ranks N]
        deepspeed --num_gpus N --module glider_dist bench evaluate|without-gates [CONFIG.yaml] [key=value ...]
 
-layer          a routed layer in one process, against one LoRA, a loop over experts, and every expert on every token
+layer          a routed layer in one process, against one LoRA, a loop over experts, every expert on every token
 dispatch       one exchange between N processes on gloo, by each strategy, forward and backward
 arrow          Arrow here and in PEFT: time and memory at 8, 32 and 128 adapters
 cotrain        many experts in one job, against one after another
-evaluate       seconds per query of evaluate.routers and their ratios to the base alone (with the settings of evaluate)
-without-gates  scores of the routers that need no gates, beside random adapters (with the settings of evaluate)
+evaluate       seconds per query of evaluate.routers, and their ratios to the base alone (settings of evaluate)
+without-gates  scores of the routers that need no gates, beside random adapters (settings of evaluate)
 
 Each prints a table and writes its numbers into run_dir (default runs/bench).
 """
