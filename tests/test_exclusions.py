@@ -6,9 +6,12 @@ import pytest
 import torch
 from routed_models import NEVER
 
+import glider_dist as gd
 from glider_dist.config import RouterConfig
+from glider_dist.errors import GliderError
 from glider_dist.routing.combine import exclusion, shortlist
 from glider_dist.routing.strategies import needs_scores, route_tokens, strategy_of
+from glider_dist.testing import random_pool, tiny_causal
 
 
 @pytest.mark.parametrize("kind", ["phatgoose", "arrow"])
@@ -50,3 +53,37 @@ def test_a_shortlist_needs_the_queries_cosines_wherever_tokens_are_routed(
     kind: str, size: int | None, needed: bool
 ) -> None:
     assert needs_scores(RouterConfig(kind=kind, shortlist=size)) == needed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+    base = tiny_causal()
+    return gd.attach_pool(base, random_pool(tmp_path_factory.mktemp("pool") / "pool", base, experts=4))
+
+
+def served(model: torch.nn.Module, similarity: torch.Tensor) -> list[int]:
+    gd.reset_routing_stats(model)
+    with torch.no_grad(), gd.query_scores(model, similarity):
+        model(torch.arange(4, 24).reshape(2, 10))
+    return torch.stack(list(gd.routing_stats(model).values())).sum(0).tolist()
+
+
+@pytest.mark.parametrize("kind", ["phatgoose", "arrow", "lag", "glider", "global"])
+def test_an_expert_that_is_excluded_for_all_queries_serves_no_token(kind: str, model: torch.nn.Module) -> None:
+    gd.set_router(model, RouterConfig(kind=kind))
+    counts = served(model, torch.tensor([[0.5, NEVER, 0.2, 0.1], [0.1, NEVER, 0.3, 0.2]]))
+    assert counts[1] == 0
+    assert sum(counts) == 2 * 20 * 14
+
+
+@pytest.mark.parametrize("kind", ["phatgoose", "arrow", "lag", "glider", "global"])
+def test_a_shortlist_leaves_each_query_its_nearest_experts(kind: str, model: torch.nn.Module) -> None:
+    gd.set_router(model, RouterConfig(kind=kind, top_k=1, shortlist=1))
+    assert served(model, torch.tensor([[0.1, 0.2, 0.9, 0.0], [0.1, 0.2, 0.9, 1.0]])) == [0, 0, 140, 140]
+    with pytest.raises(GliderError, match="needs the queries' similarities"):
+        model(torch.arange(4, 14).reshape(1, 10))
+
+
+def test_a_local_router_is_not_moved_by_scores_that_exclude_nobody(model: torch.nn.Module) -> None:
+    gd.set_router(model, RouterConfig(kind="phatgoose"))
+    assert served(model, torch.tensor([[9.0, 0, 0, 0]] * 2)) == served(model, torch.tensor([[0.0, 9, 0, 0]] * 2))

@@ -97,7 +97,7 @@ def token_scores(case: Case, router: gd.RouterConfig, query: int, u: torch.Tenso
     best = max((float(c) for c in case.similarity[query]), default=NEVER)
     alpha = router.alpha_in if best > router.threshold else router.alpha_out
     for e, lora in enumerate(case.loras):
-        if lora is None or (router.kind in ("glider", "global") and case.similarity[query, e] == NEVER):
+        if lora is None or case.similarity[query, e] == NEVER:
             continue
         z = torch.zeros((), dtype=torch.float64)
         if router.kind in ("glider", "phatgoose"):

@@ -178,7 +178,8 @@ class Case:
         return torch.stack(rows).view(*self.x.shape[:2], -1)
 
     def served(self, router: gd.RouterConfig, query: int, u: torch.Tensor) -> dict[int, float]:
-        bias = {e: 0.0 for e, lora in enumerate(self.loras) if lora is not None}
+        there = [e for e, lora in enumerate(self.loras) if lora is not None]
+        bias = {e: 0.0 for e in there if self.similarity[query, e] != NEVER}
         if router.kind == "glider":
             cosine = self.similarity[query].clone()
             if router.shortlist is not None:

@@ -25,10 +25,17 @@ from glider_dist.model.shared import SharedInputs
 from glider_dist.model.tokens import Stacks, Tokens
 from glider_dist.parallel.dispatch import Dispatch
 from glider_dist.parallel.exchange import in_backward
-from glider_dist.routing.combine import global_bias, shortlist
+from glider_dist.routing.combine import exclusion, global_bias, shortlist
 from glider_dist.routing.local import at_least_fp32, normalised
 from glider_dist.routing.route import Route
-from glider_dist.routing.strategies import STRATEGIES, Strategy, check_router, check_shared, route_tokens
+from glider_dist.routing.strategies import (
+    STRATEGIES,
+    Strategy,
+    check_router,
+    check_shared,
+    needs_scores,
+    route_tokens,
+)
 
 
 class RoutingContext:
@@ -162,9 +169,14 @@ class RoutingContext:
         router = self.router
         if router.alpha_in is None or router.alpha_out is None or router.threshold is None:
             raise GliderError("the router's alpha_in, alpha_out and threshold are not set")
-        self._bias_BE = global_bias(similarity_BE, router.alpha_in, router.alpha_out, router.threshold)
+        excluded_BE = similarity_BE.isneginf()
+        if self.strategy.uses_global:
+            self._bias_BE = global_bias(similarity_BE, router.alpha_in, router.alpha_out, router.threshold)
+        else:
+            any_excluded = needs_scores(router) or bool(excluded_BE.any())
+            self._bias_BE = exclusion(similarity_BE) if any_excluded else None
         # Experts that are excluded take no place where enough others remain; then no place is unused.
-        left_B = (~similarity_BE.isneginf()).sum(1)
+        left_B = (~excluded_BE).sum(1)
         self._excludes = bool((left_B < (router.top_k if router.top_p is None else len(self.names))).any())
         brought = self._brought
         try:
@@ -223,9 +235,9 @@ class RoutingContext:
             row_T = _query_of(tokens, self._assigned_B.shape[0])
             return assigned_route(self._assigned_B, row_T, kept_Td, gates)
         bias_TE = None
-        if self.strategy.uses_global and self._bias_BE is not None:
+        if self._bias_BE is not None:
             bias_TE = self._bias_BE[_query_of(tokens, self._bias_BE.shape[0])]
-        elif self.strategy.uses_global:
+        elif needs_scores(self.router):
             raise GliderError(
                 f"router {self.router.kind!r} needs the queries' similarities to the experts; "
                 "run the model inside glider_dist.query_scores(model, similarity)"
