@@ -27,7 +27,7 @@ from glider_dist.parallel.dispatch import Dispatch
 from glider_dist.parallel.exchange import in_backward
 from glider_dist.routing.combine import exclusion, global_bias, shortlist
 from glider_dist.routing.local import at_least_fp32, normalised
-from glider_dist.routing.route import Route
+from glider_dist.routing.route import Route, assigned_route
 from glider_dist.routing.strategies import (
     STRATEGIES,
     Strategy,
@@ -181,7 +181,7 @@ class RoutingContext:
         brought = self._brought
         try:
             if self.dispatch is not None and self._lists():
-                wanted_E = (~similarity_BE.isneginf()).any(0)
+                wanted_E = (~excluded_BE).any(0)
                 self._brought = self.dispatch.bring(wanted_E, self.banks)
             yield
         finally:
@@ -191,7 +191,7 @@ class RoutingContext:
     def _lists(self) -> bool:
         """Whether shortlists bound what the next forwards need of other ranks' experts."""
         assert self.dispatch is not None
-        bounded = self.router.shortlist is not None and self.strategy.uses_global
+        bounded = self.router.shortlist is not None and self.strategy.static is None
         return bounded and self.dispatch.strategy == "auto" and not self._trains()
 
     def _trains(self) -> bool:
@@ -275,25 +275,6 @@ class RoutingContext:
             last = (x, tokens, normalised(x_Td if tokens.keep is None else x_Td[tokens.keep]))
             self._last_input = last
         return last[2]
-
-
-def assigned_route(
-    expert_B: torch.Tensor, row_T: torch.Tensor, x_Td: torch.Tensor, gates_Ed: torch.Tensor | None
-) -> Route:
-    """One expert per query with weight 1, or ``σ(v·u)`` with the raw gate vector (gate training).
-
-    Args:
-        expert_B: ``[B]`` expert of each query.
-        row_T: ``[T]`` query of each token.
-        x_Td: ``[T, d]`` the tokens.
-        gates_Ed: ``[E, d]`` raw gate vectors, or None.
-    """
-    ids_T = expert_B[row_T]
-    if gates_Ed is None:
-        weight_T = torch.ones(ids_T.shape, dtype=at_least_fp32(x_Td[:0]).dtype, device=x_Td.device)
-    else:
-        weight_T = (at_least_fp32(x_Td) * gates_Ed[ids_T]).sum(-1).sigmoid()
-    return Route(ids_T[:, None], weight_T[:, None])
 
 
 def _query_of(tokens: Tokens, queries: int) -> torch.Tensor:
