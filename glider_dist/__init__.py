@@ -11,6 +11,7 @@ from glider_dist.model.attach import (
     routing_stats,
     set_router,
 )
+from glider_dist.model.generate import generate
 from glider_dist.parallel.mesh import Mesh, init_mesh
 from glider_dist.parallel.placement import Placement
 from glider_dist.pool import ExpertPool, Fingerprint
@@ -27,6 +28,7 @@ __all__ = [
     "assign_experts",
     "attach_pool",
     "detach",
+    "generate",
     "init_mesh",
     "query_scores",
     "reset_routing_stats",

@@ -38,7 +38,7 @@ class SiteBank:
     ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.ranks:
+        if not self.ranks and self.A.shape[0]:
             self.ranks = tuple(self.A.shape[1] if adapted else 0 for adapted in self.eligible.tolist())
 
     @cached_property

@@ -279,7 +279,7 @@ class RoutingContext:
 
 def _query_of(tokens: Tokens, queries: int) -> torch.Tensor:
     """The query of each token; generation repeats each query once per beam."""
-    if tokens.batch == queries:
+    if tokens.batch == queries or not len(tokens.row):
         return tokens.row
     if queries == 0 or tokens.batch % queries:
         raise GliderError(f"scores were given for {queries} queries, but the batch has {tokens.batch} rows")

@@ -49,9 +49,14 @@ def find_tokens(batch: int, length: int, mask: torch.Tensor | None, device: torc
 
 
 class Stacks:
-    """Watches the forward of each stack and remembers its tokens until the next one."""
+    """Watches the forward of each stack and remembers its tokens until the next one.
+
+    Attributes:
+        idle: take all tokens for padding: the forward serves other ranks alone (:func:`glider_dist.generate`).
+    """
 
     def __init__(self, model: nn.Module):
+        self.idle = False
         self.tokens: dict[str, Tokens] = {}
         self.cross: tuple[torch.Tensor, Any, Tokens] | None = None
         self.handles: list[Any] = []
@@ -86,7 +91,7 @@ class Stacks:
         batch, length = inputs.shape[:2]
         mask = arguments.get("attention_mask")
         mask = mask if isinstance(mask, torch.Tensor) else None
-        self.tokens[name] = find_tokens(batch, length, mask, inputs.device)
+        self.tokens[name] = self._find(batch, length, mask, inputs.device)
         states = arguments.get("encoder_hidden_states")
         if name != "decoder" or not isinstance(states, torch.Tensor):
             return
@@ -94,8 +99,14 @@ class Stacks:
         states_mask = states_mask if isinstance(states_mask, torch.Tensor) else None
         # Every decoding step passes the same states and mask again.
         if self.cross is None or self.cross[0] is not states or self.cross[1] is not states_mask:
-            tokens = find_tokens(states.shape[0], states.shape[1], states_mask, states.device)
+            tokens = self._find(states.shape[0], states.shape[1], states_mask, states.device)
             self.cross = (states, states_mask, tokens)
+
+    def _find(self, batch: int, length: int, mask: torch.Tensor | None, device: torch.device) -> Tokens:
+        if self.idle:
+            none = torch.zeros(0, dtype=torch.int64, device=device)
+            return Tokens(batch, length, none, none)
+        return find_tokens(batch, length, mask, device)
 
     def tokens_of(self, stack: str, x: torch.Tensor) -> Tokens:
         """The tokens of a layer's input ``[B, S, d]`` (or ``[B * S, d]``).
@@ -112,7 +123,7 @@ class Stacks:
             )
         if x.numel() // x.shape[-1] != tokens.batch * tokens.length:
             if x.shape[0] == tokens.batch:  # a part of each row, such as its first token in BERT's pooler
-                return find_tokens(x.shape[0], x[0].numel() // x.shape[-1], None, x.device)
+                return self._find(x.shape[0], x[0].numel() // x.shape[-1], None, x.device)
             raise GliderError(
                 f"a routed layer got input {list(x.shape)}, "
                 f"but its stack has {tokens.batch} rows of {tokens.length}"

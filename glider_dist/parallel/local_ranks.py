@@ -20,6 +20,11 @@ import torch.distributed as dist
 
 from glider_dist.errors import GliderError
 
+_START_S = 600.0
+"""Importing torch in N processes takes a loaded machine long."""
+_GRACE_S = 20.0
+"""What the other ranks need to say that a collective timed out, and why."""
+
 
 class LocalRanks:
     """N ranks on gloo over loopback, one thread each.
@@ -31,7 +36,7 @@ class LocalRanks:
 
     Args:
         world: number of processes.
-        timeout_s: how long a function, and any collective in it, may take.
+        timeout_s: how long a function, and any collective in it, may take, not counting the start.
     """
 
     def __init__(self, world: int, timeout_s: float = 120.0):
@@ -51,15 +56,24 @@ class LocalRanks:
             GliderError: a rank failed (its traceback is in the message), ended, or took longer than the time-out;
                 all processes are then ended, and the next call starts new ones.
         """
-        if not self._processes:
-            self._start()
-        for pipe in self._pipes:
-            pipe.send((function, args))
+        try:
+            if not self._processes:
+                self._start()
+                self._answers(_START_S)
+            for pipe in self._pipes:
+                pipe.send((function, args))
+            return self._answers(self.timeout_s + _GRACE_S)
+        except BaseException:
+            # Whatever it was, answers may still be under way; they must not be taken for those of the next call.
+            self.close()
+            raise
+
+    def _answers(self, timeout_s: float) -> list[Any]:
         results: dict[int, Any] = {}
         failed: dict[int, str] = {}
         while len(results) + len(failed) < self.world:
             left = {rank: pipe for rank, pipe in enumerate(self._pipes) if rank not in {*results, *failed}}
-            ready = wait(list(left.values()), 20.0 if failed else self.timeout_s)
+            ready = wait(list(left.values()), _GRACE_S if failed else timeout_s)
             if not ready:
                 break
             for rank, pipe in left.items():
@@ -72,10 +86,9 @@ class LocalRanks:
                 (results if good else failed)[rank] = value
         if len(results) == self.world:
             return [results[rank] for rank in range(self.world)]
-        self.close()
         silent = [rank for rank in range(self.world) if rank not in results and rank not in failed]
         texts = [f"rank {rank}: {text}" for rank, text in sorted(failed.items())]
-        texts += [f"rank {rank}: no answer within {self.timeout_s:g} s" for rank in silent]
+        texts += [f"rank {rank}: no answer within {timeout_s:g} s" for rank in silent]
         raise GliderError("\n".join(texts))
 
     def close(self) -> None:
@@ -119,8 +132,11 @@ def _serve(rank: int, world: int, store: str, timeout_s: float, pipe: Connection
         store=dist.FileStore(store, world),
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=_START_S),
     )
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
+    pipe.send((True, None))
     while True:
         try:
             function, args = pipe.recv()

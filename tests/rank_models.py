@@ -1,0 +1,343 @@
+"""Work that the expert-parallel tests run on every rank: a whole model, compared with one that has all experts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from rank_cases import mesh_of, relative_error
+
+import glider_dist as gd
+from glider_dist.model.attach import context_of
+from glider_dist.model.recompute import recomputed
+from glider_dist.parallel.cost import Costs
+from glider_dist.parallel.exchange import Traffic, count_traffic
+from glider_dist.parallel.placement import Placement, balanced
+from glider_dist.testing import tiny_causal, tiny_encoder_decoder, tiny_qwen, tiny_seq2seq
+
+EXPERTS = 5
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny_causal,
+    "qwen": tiny_qwen,
+    "t5": tiny_seq2seq,
+    "bert": tiny_encoder_decoder,
+}
+ALPHAS: dict[str, Any] = {"alpha_in": 6.0, "alpha_out": 1.5, "threshold": 0.5}
+# The experts of one exchange cost more than its few tokens, but nothing once they are cached.
+CROSSING = Costs(latency_s=1e-6, bandwidth=1e6, flops=1e15, group_s=0.0, copy=1e15)
+ROUTERS = {
+    "glider": gd.RouterConfig(**ALPHAS),
+    "topp": gd.RouterConfig(top_p=0.7, **ALPHAS),
+    "phatgoose": gd.RouterConfig(kind="phatgoose", top_k=3),
+    "global": gd.RouterConfig(kind="global", top_k=1, **ALPHAS),
+    "shortlist": gd.RouterConfig(shortlist=3, **ALPHAS),
+    "arrow": gd.RouterConfig(kind="arrow"),
+    "arrow shortlist": gd.RouterConfig(kind="arrow", shortlist=1),
+    "glider arrow": gd.RouterConfig(local="arrow", **ALPHAS),
+    "oracle": gd.RouterConfig(kind="oracle"),
+    "base": gd.RouterConfig(kind="base", shortlist=2),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One comparison: a model, a router, and each rank's own batch."""
+
+    model: str
+    router: str = "glider"
+    dispatch: str = "auto"
+    parts: int = 2
+    padding: str = "right"
+    empty: tuple[int, ...] = ()
+    """Ranks whose batch is all padding."""
+    train: bool = True
+    gated: bool = False
+    checkpointing: bool = False
+    placement: str = "contiguous"
+    cache_bytes: int = 1 << 30
+    forwards: int = 2
+    experts: int = EXPERTS
+    costs: Costs | None = None
+    dtype: torch.dtype = torch.float64
+
+
+@dataclass
+class Found:
+    """Largest relative errors by name, what each forward cost, and the groups of sites found."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    traffic: list[Traffic] = field(default_factory=list)
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    sites: int = 0
+    nbytes: int = 0
+    chosen: dict[str, int] = field(default_factory=dict)
+
+    def note(self, name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        error = relative_error(ours, theirs)
+        self.errors[name] = max(self.errors.get(name, 0.0), error)
+
+
+@cache
+def model_of(name: str, which: int, dtype: torch.dtype) -> Any:
+    """A model for each side of the comparison."""
+    return MODELS[name]().to(dtype)
+
+
+def batch_of(run: Run, rank: int) -> dict[str, torch.Tensor]:
+    """Other sizes on every rank; some padding in each."""
+    generator = torch.Generator().manual_seed(17 + rank)
+    rows, length = 2 + rank % 3, 6 + 2 * rank
+    ids = torch.randint(4, 250, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        pad = row % 3 if rank not in run.empty else length
+        real = slice(pad, length) if run.padding == "left" else slice(0, length - pad)
+        mask[row] = 0
+        mask[row, real] = 1
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if run.model in ("t5", "bert"):
+        batch["decoder_input_ids"] = torch.randint(4, 250, (rows, 4 + rank), generator=generator)
+        if rank in run.empty:
+            batch["decoder_attention_mask"] = torch.zeros_like(batch["decoder_input_ids"])
+    return batch
+
+
+def scope(model: Any, run: Run, rank: int, rows: int) -> contextlib.AbstractContextManager[Any]:
+    generator = torch.Generator().manual_seed(5 + rank)
+    similarity = torch.rand(rows, run.experts, generator=generator, dtype=run.dtype)
+    owners = torch.randint(0, run.experts, (rows,), generator=generator)
+    if ROUTERS[run.router].kind == "oracle":
+        return gd.assign_experts(model, owners)
+    return gd.query_scores(model, similarity)
+
+
+def forward(model: Any, run: Run, rank: int, keep: list[torch.Tensor] | None = None) -> torch.Tensor:
+    """The logits of real tokens; ``keep`` is given the embeddings, of which gradients may be asked."""
+    batch = batch_of(run, rank)
+    real = batch["attention_mask"] if run.model in ("llama", "qwen") else batch.get("decoder_attention_mask")
+    inputs = dict(batch)
+    embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    if keep is not None:
+        embedded.requires_grad_()
+        keep.append(embedded)
+    logits = model(**inputs, inputs_embeds=embedded).logits
+    return logits.flatten(0, 1) if real is None else logits[real.bool()]
+
+
+def loss_of(logits: torch.Tensor, rank: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(99 + rank)
+    return (logits * torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.dtype)).sum()
+
+
+@contextlib.contextmanager
+def attached(model: Any, pool: gd.ExpertPool, run: Run, mesh: gd.Mesh | None) -> Iterator[Any]:
+    place: Placement | None = None
+    if run.placement == "balanced" and mesh is not None:
+        place = balanced(pool.names, mesh.expert_parallel, {name: 1.0 * i for i, name in enumerate(pool.names)})
+    gd.attach_pool(
+        model, pool, ROUTERS[run.router], mesh, run.dispatch if mesh is not None else "auto", run.dtype, place,
+        run.costs, cache_bytes=run.cache_bytes,
+    )  # fmt: skip
+    context = context_of(model)
+    context.gated = run.gated
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for bank in context.banks.values():
+        bank.A.requires_grad_(run.train)
+        bank.B.requires_grad_(run.train)
+    for gate in context.gates.values():
+        gate.requires_grad_(run.gated)
+    try:
+        yield context
+    finally:
+        gd.detach(model)
+
+
+def compare(run: Run, path: str) -> Found:
+    """This rank's logits, statistics and gradients against a single process with every rank's batch."""
+    mesh = mesh_of(run.parts)
+    world, rank = mesh.expert_parallel * mesh.data_parallel, mesh.rank
+    pool = gd.ExpertPool.open(path)
+    found = Found()
+    blocks = recomputed if run.checkpointing else contextlib.nullcontext
+    whole, part = model_of(run.model, 0, run.dtype), model_of(run.model, 1, run.dtype)
+    with attached(whole, pool, run, None) as all_experts, attached(part, pool, run, mesh) as own:
+        for other in range(world):
+            kept: list[torch.Tensor] = []
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(scope(whole, run, other, len(batch_of(run, other)["input_ids"])))
+                stack.enter_context(blocks(whole))
+                gd.reset_routing_stats(whole)
+                logits = forward(whole, run, other, kept)
+                if logits.requires_grad:
+                    loss_of(logits, other).backward()
+            if other == rank:
+                wanted, wanted_x, wanted_stats = logits.detach(), kept[0].grad, gd.routing_stats(whole)
+        rows = len(batch_of(run, rank)["input_ids"])
+        with blocks(part):
+            for _ in range(run.forwards):
+                for bank in own.banks.values():
+                    bank.A.grad = bank.B.grad = None
+                for gate in own.gates.values():
+                    gate.grad = None
+                kept = []
+                gd.reset_routing_stats(part)
+                with scope(part, run, rank, rows):
+                    with count_traffic() as traffic:
+                        logits = forward(part, run, rank, kept)
+                    if logits.requires_grad:
+                        loss_of(logits, rank).backward()
+                found.traffic.append(traffic)
+                found.note("logits", logits.detach(), wanted)
+                for site, counts in gd.routing_stats(part).items():
+                    assert torch.equal(counts, wanted_stats[site]), site
+                assert gd.routing_stats(part).keys() == wanted_stats.keys()
+                if rank not in run.empty and logits.requires_grad:
+                    found.note("x", kept[0].grad, wanted_x)
+                if run.train and ROUTERS[run.router].kind != "base":
+                    owned = range(run.experts)
+                    if own.dispatch is not None:
+                        owned = own.dispatch.placement.owned(mesh.expert_rank)
+                    for site, bank in own.banks.items():
+                        reference = all_experts.banks[site]
+                        if reference.A.grad is None:  # BERT's pooler, whose output nobody reads
+                            continue
+                        for ours, theirs in ((bank.A, reference.A), (bank.B, reference.B)):
+                            found.note("experts", mesh.sum_over_replicas(ours.grad), theirs.grad[list(owned)])
+                if run.gated:
+                    for site, gate in own.gates.items():
+                        grad = torch.zeros_like(gate) if gate.grad is None else gate.grad.clone()
+                        torch.distributed.all_reduce(grad)
+                        found.note("gates", grad, all_experts.gates[site].grad)
+        if own.dispatch is not None:
+            found.chosen = own.dispatch.chosen
+        own.shared.finish()
+        found.groups, found.sites = dict(own.shared.groups), len(own.banks)
+        found.nbytes = sum(bank.nbytes() for bank in own.banks.values())
+    return found
+
+
+def compare_all(runs: list[Run], path: str) -> list[Found]:
+    return [compare(run, path) for run in runs]
+
+
+def evaluate_between_steps(path: str, dispatch: str) -> tuple[float, float]:
+    """Errors of forwards without gradients before and after the experts' weights change, while they may train."""
+    run = Run("llama", "glider", dispatch)
+    mesh, pool = mesh_of(2), gd.ExpertPool.open(path)
+    whole, part = model_of("llama", 0, run.dtype), model_of("llama", 1, run.dtype)
+    rows = len(batch_of(run, mesh.rank)["input_ids"])
+    errors = []
+    with attached(whole, pool, run, None) as all_experts, attached(part, pool, run, mesh) as own, torch.no_grad():
+        for _ in range(2):
+            logits = []
+            for model in (whole, part):
+                with scope(model, run, mesh.rank, rows):
+                    logits += [forward(model, run, mesh.rank), forward(model, run, mesh.rank)]
+            errors.append(max(relative_error(logits[2], logits[0]), relative_error(logits[3], logits[1])))
+            for context in (all_experts, own):
+                for bank in context.banks.values():
+                    bank.B.mul_(1.5)
+    return errors[0], errors[1]
+
+
+def train_after_inference(path: str) -> float:
+    """Gates train through experts that were fetched, frozen, under inference mode."""
+    run = Run("llama", "oracle", "gather", train=False)
+    mesh, pool = mesh_of(2), gd.ExpertPool.open(path)
+    whole, part = model_of("llama", 0, run.dtype), model_of("llama", 1, run.dtype)
+    rows = len(batch_of(run, mesh.rank)["input_ids"])
+    grads: list[list[torch.Tensor]] = [[], []]
+    for kept, model, own_mesh in zip(grads, (whole, part), (None, mesh), strict=True):
+        with attached(model, pool, run, own_mesh), scope(model, run, mesh.rank, rows):
+            with torch.inference_mode():
+                forward(model, run, mesh.rank)
+            loss_of(forward(model, run, mesh.rank, kept), mesh.rank).backward()
+    return relative_error(grads[1][0].grad, grads[0][0].grad)
+
+
+# Generation -------------------------------------------------------------------------------------------------
+
+
+def prompts_of(name: str, rank: int, rows: int) -> dict[str, torch.Tensor]:
+    """Left-padded prompts (right-padded for an encoder), of another length on each rank."""
+    generator = torch.Generator().manual_seed(31 + rank)
+    length = 4 + 3 * rank
+    ids = torch.randint(4, 250, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        pad = row % 3
+        real = slice(0, pad) if name in ("llama", "qwen") else slice(length - pad, length)
+        mask[row, real] = 0
+        ids[row, real] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate_all(
+    name: str, path: str, parts: int, counts: list[int], router: str, settings: dict[str, Any], dispatch: str
+) -> tuple[list[list[int]], list[list[int]], bool, Traffic, int]:
+    """What this rank generates, what one process does, whether the statistics agree, the traffic, forwards."""
+    run = Run(name, router, dispatch, parts, train=False)
+    mesh = mesh_of(parts)
+    rank, pool = mesh.rank, gd.ExpertPool.open(path)
+    whole, part = model_of(name, 0, run.dtype), model_of(name, 1, run.dtype)
+    # Ranks also stop after other numbers of tokens.
+    settings = {"max_new_tokens": 3 + 4 * rank, "do_sample": False, **settings}
+    inputs = prompts_of(name, rank, counts[rank])
+    found, stats, traffic, forwards = [], [], Traffic(), 0
+    for model, own_mesh in ((whole, None), (part, mesh)):
+        with attached(model, pool, run, own_mesh), torch.no_grad():
+            gd.reset_routing_stats(model)
+            if own_mesh is None and not counts[rank]:
+                found.append([])
+                stats.append({})
+                continue
+            calls: list[int] = []
+            handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+            with count_traffic() as traffic, scope(model, run, rank, counts[rank]):
+                made = gd.generate(model, **inputs, **settings)
+            handle.remove()
+            forwards = len(calls)
+            made = made if isinstance(made, torch.Tensor) else made.sequences
+            assert made.shape[0] == counts[rank] * settings.get("num_return_sequences", 1)
+            found.append(made.tolist())
+            stats.append({site: count for site, count in gd.routing_stats(model).items() if count.any()})
+    same = stats[0].keys() == stats[1].keys() and all(torch.equal(stats[0][s], stats[1][s]) for s in stats[0])
+    return found[1], found[0], same, traffic, forwards
+
+
+# A shortlist ------------------------------------------------------------------------------------------------
+
+
+def shortlisted(name: str, path: str, parts: int, dispatch: str, never: bool) -> tuple[float, list[Traffic]]:
+    """The largest error, and the traffic of entering the scores and of each of two forwards inside.
+
+    Args:
+        never: the first rank's queries may use no expert at all.
+    """
+    run = Run(name, "shortlist", dispatch, parts, train=False)
+    mesh = mesh_of(parts)
+    pool = gd.ExpertPool.open(path)
+    batch = batch_of(run, mesh.rank)
+    generator = torch.Generator().manual_seed(3 + mesh.rank)
+    similarity = torch.rand(len(batch["input_ids"]), EXPERTS, generator=generator, dtype=run.dtype)
+    if never and mesh.rank == 0:
+        similarity.fill_(float("-inf"))
+    found, costs = [], []
+    for which, own_mesh in enumerate((None, mesh)):
+        model = model_of(name, which, run.dtype)
+        costs = [Traffic()]
+        with attached(model, pool, run, own_mesh), torch.no_grad(), count_traffic() as costs[0]:
+            with gd.query_scores(model, similarity):
+                costs[0] = Traffic(dict(costs[0].collectives), dict(costs[0].sent), costs[0].host_syncs)
+                logits = []
+                for _ in range(2):
+                    with count_traffic() as each:
+                        logits.append(forward(model, run, mesh.rank))
+                    costs.append(each)
+        found.append(torch.stack(logits))
+    return relative_error(found[1], found[0]), costs
