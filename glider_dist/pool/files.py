@@ -58,14 +58,18 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        GliderError: if it is missing or malformed, naming the file and the line.
+        GliderError: if it is missing, unreadable or malformed, naming the file and the line.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GliderError(f"{path} does not exist") from None
     except json.JSONDecodeError as error:
         raise GliderError(f"{path} line {error.lineno} is not valid JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise GliderError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise GliderError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
