@@ -29,8 +29,9 @@ USAGE = """usage: glider-dist pool ACTION ...
   pool import POOL ADAPTER... [base=BASE] [--dry-run]
       Copy adapters into a pool; a missing pool is created. An ADAPTER is a PEFT folder, a folder of such folders,
       a pool, a glob ('**' for any depth), a hub id, a published PHATGOOSE or GLIDER checkpoint (.pt, .pth, .bin),
-      or a text file that lists any of these, one a line. NAME=ADAPTER chooses the expert's name. All are checked first, and nothing is written
-      if one is refused. base= is needed where the adapters name no base or different ones.
+      or a text file that lists any of these, one a line. NAME=ADAPTER chooses the expert's name. All are checked
+      first, and nothing is written if one is refused. base= is needed where the adapters name no base or
+      different ones.
   pool add POOL NAME ADAPTER [gate=FILE]
       Add one adapter under a name.
   pool ls POOL
