@@ -28,9 +28,10 @@ USAGE = """usage: glider-dist pool ACTION ...
 
   pool import POOL ADAPTER... [base=BASE] [--dry-run]
       Copy adapters into a pool; a missing pool is created. An ADAPTER is a PEFT folder, a folder of such folders,
-      a glob, a hub id, a published PHATGOOSE or GLIDER checkpoint (.pt, .pth, .bin), or a text file that lists any
-      of these, one a line. NAME=ADAPTER chooses the expert's name. All are checked first, and nothing is written
-      if one is refused. base= is needed where the adapters name no base or different ones.
+      a pool, a glob ('**' for any depth), a hub id, a published PHATGOOSE or GLIDER checkpoint (.pt, .pth, .bin),
+      or a text file that lists any of these, one a line. NAME=ADAPTER chooses the expert's name. All are checked
+      first, and nothing is written if one is refused. base= is needed where the adapters name no base or
+      different ones.
   pool add POOL NAME ADAPTER [gate=FILE]
       Add one adapter under a name.
   pool ls POOL
@@ -114,6 +115,8 @@ def _add(words: list[str], options: dict[str, str]) -> int:
 
 def _bring_in(path: Path, sources: list[Source], base: str | None, dry_run: bool) -> int:
     pool = ExpertPool.open(path) if (path / "pool.json").exists() else None
+    if pool is None and path.is_dir() and any(path.iterdir()) and not (path / "experts").exists():
+        raise GliderError(f"{path} is no pool, but holds other files; the POOL comes first: name a new folder")
     known = Fingerprint()
     named = base
     if pool is not None:
@@ -151,6 +154,8 @@ def _passed(verdicts: list[importing.Verdict]) -> list[importing.Verdict]:
 def _shapes_of(base: str) -> Fingerprint:
     from glider_dist.model.merge import base_shapes
 
+    if not base or (Path(base).is_dir() and not (Path(base) / "config.json").exists()):
+        raise GliderError(f"base={base} is no model: a folder with a config.json, or a hub id, is needed")
     return base_shapes(base)
 
 

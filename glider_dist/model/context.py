@@ -70,8 +70,6 @@ class RoutingContext:
         self.dispatch = dispatch
         self.shared = SharedInputs()
         self._eligible = {site: mask for site, mask in (eligible or {}).items() if not bool(mask.all())}
-        if eligible is None:
-            self._eligible = {site: bank.eligible for site, bank in banks.items() if not bank.all_eligible}
         self._brought: tuple[torch.Tensor, dict[str, SiteBank]] | None = None
         self.gated = False
         self.counts: dict[str, torch.Tensor] = {}
@@ -247,7 +245,9 @@ class RoutingContext:
             normalised_Td = self._normalised(x, x_Td, tokens)
         elif tokens.keep is not None:
             kept_Td = x_Td[tokens.keep]
-        eligible = self._eligible.get(site)
+        eligible = None if bank.all_eligible else bank.eligible
+        if self.dispatch is not None:
+            eligible = self._eligible.get(site)
         prototypes = norms = None
         if self.strategy.local is not None:
             prototypes = self.prototypes.of(self.strategy.local, site, bank, self._general)

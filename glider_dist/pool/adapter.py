@@ -28,6 +28,7 @@ _UNROUTABLE_TENSORS = {
     "lora_embedding_": "it adapts an embedding, which has no input to route",
     "lora_magnitude_vector": "DoRA rescales the base weight itself, so its output is not a sum over experts",
     "modules_to_save": "it replaces a whole module of the base, which experts of one pool cannot share",
+    ".base_layer.": "it brings the base's own embedding or output head along, which it adapts",
     "embed_tokens.weight": "it holds trained embeddings, which experts of one pool cannot share",
     "lm_head.weight": "it holds a trained output head, which experts of one pool cannot share",
     ".bias": "trained biases cannot be routed",
@@ -113,12 +114,9 @@ def inspect_adapter(folder: Path) -> AdapterInfo:
     Raises:
         GliderError: whatever :func:`read_adapter` refuses but tensors that cannot be read.
     """
-    config = read_config(folder)
+    read_config(folder)
     path = folder / WEIGHTS_FILE
-    info = pair_up(read_header(path), str(path))
-    for site, rank in info.ranks.items():
-        scale_at(config, site, rank)
-    return info
+    return pair_up(read_header(path), str(path))
 
 
 def read_adapter(folder: Path) -> dict[str, SiteLora]:

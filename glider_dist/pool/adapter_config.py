@@ -17,11 +17,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read ``adapter_config.json`` and refuse what a routed expert cannot represent.
 
     Raises:
-        GliderError: not LoRA, or DoRA, trained biases, ``modules_to_save`` and the like, with the reason.
+        GliderError: not LoRA, or DoRA, trained biases, ``modules_to_save`` and the like, with the reason; a rank,
+            an alpha or a pattern that is none.
     """
     path = folder / CONFIG_FILE
     config = read_json(path)
-    kind = str(config.get("peft_type", "")).upper()
+    kind = str(config.get("peft_type") or "").upper()
     if kind != "LORA":
         raise GliderError(f"{path}: peft_type is {kind or 'missing'}; only LORA adapters can be experts")
     refusals = {
@@ -38,7 +39,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, reason in refusals.items():
         if config.get(key):
             raise GliderError(f"{path}: {key} is set and cannot be routed: {reason}")
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+    if (config.get("bias") or "none") != "none" or config.get("lora_bias"):
         raise GliderError(f"{path}: trained biases cannot be routed; train the adapter with bias='none'")
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
@@ -46,7 +47,30 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights={init} changed the base's own weights and cannot be routed; "
             "save the adapter with path_initial_model_for_weight_conversion"
         )
+    _check_values(config, path)
     return config
+
+
+def _check_values(config: dict[str, Any], path: Path) -> None:
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, (str, type(None))):
+        raise GliderError(f"{path}: base_model_name_or_path is {base!r}, not a name")
+    numbers = {"r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8)}
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict):
+            raise GliderError(f"{path}: {key} is {pattern!r}, not layers with their values")
+        for layers, value in pattern.items():
+            try:
+                re.compile(layers)
+            except re.error as error:
+                raise GliderError(
+                    f"{path}: {key} has {layers!r}, which is no regular expression: {error}"
+                ) from None
+            numbers[f"{key} at {layers!r}"] = value
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise GliderError(f"{path}: {key} is {value!r}, not a number")
 
 
 def _pattern_value(pattern: dict[str, Any], site: str, default: Any) -> Any:
@@ -58,13 +82,6 @@ def _pattern_value(pattern: dict[str, Any], site: str, default: Any) -> Any:
 
 
 def scale_at(config: dict[str, Any], site: str, rank: int) -> float:
-    """The factor on ``B A`` at a site: alpha / r, or alpha / sqrt(r) under rsLoRA; patterns as in PEFT.
-
-    Raises:
-        GliderError: lora_alpha is no number, or a pattern is no regular expression.
-    """
-    try:
-        alpha = float(_pattern_value(config.get("alpha_pattern") or {}, site, config.get("lora_alpha", 8)))
-    except (TypeError, ValueError, re.error) as error:
-        raise GliderError(f"lora_alpha or alpha_pattern cannot be read at {site}: {error}") from None
+    """The factor on ``B A`` at a site: alpha / r, or alpha / sqrt(r) under rsLoRA; patterns as in PEFT."""
+    alpha = float(_pattern_value(config.get("alpha_pattern") or {}, site, config.get("lora_alpha", 8)))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

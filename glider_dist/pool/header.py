@@ -45,7 +45,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         with open(path, "rb") as file:
             total = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == b"version " and total < 1024:
+                raise ValueError("it is the pointer that Git LFS keeps in place of a file; run git lfs pull")
+            length = int.from_bytes(start, "little")
             if total < 8 or length > min(total - 8, _LARGEST):
                 raise ValueError("it is cut off, or no safetensors file")
             header = json.loads(file.read(length))

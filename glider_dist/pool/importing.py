@@ -47,7 +47,8 @@ def check(
         try:
             if counts[source.name] > 1:
                 raise GliderError(
-                    f"{counts[source.name]} adapters have this name; write NAME=PATH to tell them apart"
+                    f"{counts[source.name]} adapters have this name; write NAME=PATH to tell them apart, "
+                    f"this one as NAME={source.origin}"
                 )
             found.append(_judge(source, pool, known))
         except GliderError as error:
@@ -56,7 +57,10 @@ def check(
 
 
 def _judge(source: Source, pool: ExpertPool | None, known: Mapping[str, tuple[int, int]]) -> Verdict:
-    check_name(source.name)
+    try:
+        check_name(source.name)
+    except GliderError as error:
+        raise GliderError(f"{error}; or choose a name, as NAME={source.origin}") from None
     info = source.info
     check_sites(source.name, info.shapes, dict(known))
     gate = source.gate()
@@ -109,7 +113,8 @@ def write(
         card_of: what else an adapter's card gets.
 
     Raises:
-        GliderError: another process has just added a different adapter under one of the names.
+        GliderError: another process has just added a different adapter under one of the names, or a file cannot
+            be written; what was imported until then stays, and the same command goes on from there.
     """
     new = [verdict.source for verdict in verdicts if verdict.kind == "new"]
     there = len(verdicts) - len(new)
@@ -125,6 +130,11 @@ def write(
         except FileExistsError:
             _check_same(source, pool)
             there += 1
+        except OSError as error:
+            raise GliderError(
+                f"{source.name} cannot be imported from {source.origin} ({error.strerror or error}); "
+                "run the same command again once that is mended"
+            ) from None
     return len(verdicts) - there, there
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,12 @@ from glider_dist.pool.header import info_of
 from glider_dist.pool.names import natural_key
 from glider_dist.pool.published import SUFFIXES, PublishedExpert, load_pickled, read_published
 
+log = logging.getLogger(__name__)
 PICKLED_FILE = "adapter_model.bin"
 _HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 _NAMED = re.compile(r"(?P<name>[A-Za-z0-9_][\w.\-]*)=(?P<path>.+)")
+# Files that lie beside adapters and are no list of them.
+_NO_LISTS = (".json", ".safetensors", ".md", ".yaml", ".yml")
 _HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE, GATE_FILE, "README.md"]
 
 
@@ -98,9 +102,9 @@ def find_adapters(words: Sequence[str], folder: Path | None = None) -> list[Sour
     """Every adapter that ``words`` name, in order, each once.
 
     Args:
-        words: a PEFT folder; a folder of such folders; a glob of them; a published checkpoint (``.pt``, ``.pth``,
-            ``.bin``); a hub id; a text file with any of these, one a line, ``#`` for comments; each may be
-            written ``NAME=...``. A list's relative paths start from the list's own folder.
+        words: a PEFT folder; a folder of such folders; a pool; a glob of them (``**`` for any depth); a published
+            checkpoint (``.pt``, ``.pth``, ``.bin``); a hub id; a text file with any of these, one a line, ``#``
+            for comments; each may be written ``NAME=...``. A list's relative paths start from its own folder.
         folder: where relative paths start; None is the working directory.
 
     Raises:
@@ -127,34 +131,65 @@ def _path(word: str, folder: Path | None) -> Path:
 
 
 def _expand(word: str, name: str | None, folder: Path | None) -> list[Source]:
+    if not word:
+        raise GliderError("an adapter is named by an empty word; name a folder, a file or a hub id")
     path = _path(word, folder)
     if path.is_dir():
         return _from_folder(path, name)
-    if path.is_file() and path.suffix in SUFFIXES:
-        return list(read_published(path, name or path.stem.removesuffix("_best")))
     if path.is_file():
-        return _from_list(path)
+        return _from_file(path, name, in_list=folder is not None)
     if glob.has_magic(word):
-        # Sorted like the pool, so that a table reads in its order.
-        hits = sorted(glob.glob(str(path)), key=natural_key)
-        if not hits:
-            raise GliderError(f"nothing matches {word!r}")
-        folders = [hit for hit in hits if Path(hit).is_dir()]
-        return [source for hit in folders or hits for source in _expand(hit, name, None)]
+        return _from_glob(word, path, name, in_list=folder is not None)
     if _HUB_ID.fullmatch(word):
         return [PeftFolder(name or word.rsplit("/", 1)[-1], word, _download(word))]
     raise GliderError(f"there is no folder, file or hub id {word!r}")
 
 
+def _from_glob(word: str, path: Path, name: str | None, in_list: bool) -> list[Source]:
+    # Sorted like the pool, so that a table reads in its order.
+    hits = [Path(hit) for hit in sorted(glob.glob(str(path), recursive=True), key=natural_key)]
+    if "**" in word:
+        # Any depth also finds what lies around and between the adapters.
+        hits = [hit for hit in hits if (hit / CONFIG_FILE).exists()]
+    if not hits:
+        raise GliderError(f"nothing matches {word!r}")
+    folders = [hit for hit in hits if hit.is_dir()]
+    found: list[Source] = []
+    for hit in folders or hits:
+        found += _from_folder(hit, name) if folders else _from_file(hit, name, in_list)
+    return found
+
+
+def _from_file(path: Path, name: str | None, in_list: bool) -> list[Source]:
+    if path.name in (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE):
+        raise GliderError(f"{path} is one file of an adapter; name its folder, {path.parent}")
+    if path.suffix in SUFFIXES:
+        return list(read_published(path, name or path.stem.removesuffix("_best")))
+    if path.suffix in _NO_LISTS:
+        raise GliderError(f"{path} is no adapter: that is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    if in_list:
+        raise GliderError(f"{path} is a list within a list; write its adapters here")
+    return _from_list(path)
+
+
 def _from_folder(path: Path, name: str | None) -> list[Source]:
-    if (path / CONFIG_FILE).exists():
-        return [PeftFolder(name or path.resolve().name, str(path), path)]
+    if (path / "pool.json").exists():
+        path = path / "experts"
     inside = sorted((child for child in path.iterdir() if (child / CONFIG_FILE).exists()), key=_order)
+    if (path / CONFIG_FILE).exists():
+        # A trainer's checkpoints are earlier states of the same adapter.
+        others = [child.name for child in inside if not child.name.startswith("checkpoint-")]
+        if others:
+            log.warning("%s: the adapters in its folders (%s) stay out; name them, too", path, ", ".join(others))
+        return [PeftFolder(name or path.resolve().name, str(path), path)]
     if inside:
         return [PeftFolder(name or child.name, str(child), child) for child in inside]
     files = sorted((child for child in path.iterdir() if child.suffix in SUFFIXES), key=_order)
     if not files:
-        raise GliderError(f"{path} holds no {CONFIG_FILE}, no folders with one and no checkpoint")
+        raise GliderError(
+            f"{path} holds no {CONFIG_FILE}, no folders with one and no checkpoint; "
+            f"what lies deeper is found by '{path / '**'}'"
+        )
     # PHATGOOSE keeps each run's checkpoint as RUN/best.pt.
     stems = [path.resolve().name if file.stem == "best" else file.stem.removesuffix("_best") for file in files]
     experts: list[Source] = []
@@ -169,7 +204,7 @@ def _order(path: Path) -> Any:
 
 def _from_list(path: Path) -> list[Source]:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise GliderError(
             f"{path} is neither a text file with one adapter a line nor a checkpoint ({', '.join(SUFFIXES)})"

@@ -119,13 +119,16 @@ class ExpertPool:
         """Make an empty pool for ``base``, or open the one that is there if it is for the same base.
 
         Raises:
-            GliderError: if the folder holds a pool for another base.
+            GliderError: if the folder holds a pool for another base, or cannot be made.
         """
         root = Path(path)
         if fingerprint is None:
             config = Path(base) / "config.json"
             fingerprint = Fingerprint(read_json(config).get("model_type")) if config.exists() else Fingerprint()
-        (root / "experts").mkdir(parents=True, exist_ok=True)
+        try:
+            (root / "experts").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise GliderError(f"no pool can be made at {root} ({error.strerror or error})") from None
         value = {"format": FORMAT, "base": base, "fingerprint": fingerprint.to_json()}
         if not (root / "pool.json").exists() and write_new_json(root / "pool.json", value):
             return ExpertPool(root, base, fingerprint)

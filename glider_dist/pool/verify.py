@@ -21,7 +21,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 def verify(pool: ExpertPool) -> list[str]:
     """Every problem found, one sentence each; reads all weights."""
-    problems = stray_files(pool.path)
+    problems = stray_files(pool.path) + leftovers(pool)
     for name in progress(pool.names, desc="verifying", enabled=len(pool) > 20):
         expert = Expert(pool.path / "experts" / name)
         problems += _check_files(expert)
@@ -30,6 +30,12 @@ def verify(pool: ExpertPool) -> list[str]:
         except GliderError as error:
             problems.append(str(error))
     return problems
+
+
+def leftovers(pool: ExpertPool) -> list[str]:
+    """What a process that was killed has left; hidden, so nothing reads it."""
+    found = sorted((pool.path / "experts").glob(".*.tmp")) + sorted((pool.path / "experts").glob(".*.old"))
+    return [f"{path} was left by a process that ended early; delete it unless one writes it now" for path in found]
 
 
 def stray_files(root: Path) -> list[str]:
