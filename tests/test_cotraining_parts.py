@@ -20,7 +20,7 @@ from glider_dist.model.batch import Encoded
 from glider_dist.model.engine import FrozenBase
 from glider_dist.parallel.ranks import ALONE
 from glider_dist.pool import ExpertPool
-from glider_dist.testing import save_tiny_base, tiny_causal
+from glider_dist.testing import save_tiny_base, tiny_causal, tiny_seq2seq
 from glider_dist.training.adamw import StackedAdamW, Update, row_norms
 from glider_dist.training.batches import Packing, cuts, micro_batches
 from glider_dist.training.cotrain import CoTraining
@@ -187,6 +187,28 @@ def test_checkpointed_activations_change_rounding_only(base):
     again = run(base, [few(name) for name in worker.SIZES], slots=6, checkpointing=True)
     for name, one in plain.items():
         assert (again[name]["row"] - one["row"]).abs().max() <= 1e-4 * one["row"].abs().max()
+
+
+def test_in_bf16_experts_trained_together_validate_as_those_trained_alone():
+    model = worker.base_model(torch.bfloat16)
+    found = run(model, [few(name, steps=20) for name in worker.SIZES], slots=6)
+    for name, one in found.items():
+        alone = run(model, [few(name, steps=20)], slots=1)[name]
+        assert one["row"].dtype == torch.float32
+        here, there = (dict(result["validation"])[result["best_step"]] for result in (one, alone))
+        assert here == pytest.approx(there, rel=0.03)
+
+
+def test_an_encoder_decoder_trains_experts_and_gates_together_as_alone():
+    tiny = tiny_seq2seq().requires_grad_(False)
+    model = dataclasses.replace(worker.base_model(torch.float32), model=tiny)
+    for kind in worker.KINDS:
+        frozen = FrozenBase(model, ALONE, 0)
+        found = worker.train(frozen, model, kind, [few(name, steps=6) for name in worker.SIZES], 6)
+        for name, one in found.items():
+            alone = worker.train(frozen, model, kind, [few(name, steps=6)], 1)[name]
+            assert one["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+            assert (one["row"] - alone["row"]).abs().max() <= 1e-2 * alone["row"].abs().max()
 
 
 def test_an_early_stop_keeps_the_best_weights(base):
