@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_jobs import adapters, command, cores, write_tasks
+from small_jobs import adapters, command, cores, finish, kill, largest_difference, start, write_tasks
 from small_jobs import settings as job_settings
 
 from glider_dist.model.batch import Encoded
@@ -329,3 +331,26 @@ def test_an_expert_that_diverges_is_named_by_its_card_and_by_the_exit_code(job):
     assert pool.expert("last").card()["scores"]["validation_loss"] > 0
     assert all(value.isfinite().all() for value in adapters(job / "pool")["copy"].values())
     assert stage(job, "train-experts", **changes).code == 0
+
+
+@pytest.mark.distributed
+def test_a_killed_stage_goes_on_in_the_middle_of_its_experts(job):
+    changes: dict[str, Any] = {"train__max_steps": 40, "train__save_minutes": 1e-6}
+    words = [sys.executable, "-m", "glider_dist", "train-experts"]
+    with cores(1):
+        process = start([*words, *job_settings(job, base=job / "base", **changes)], job)
+    unfinished = job / "run" / "unfinished" / "expert"
+    deadline = time.monotonic() + 180
+    while len(list(unfinished.glob("*.safetensors"))) < 3:
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    kill(process)
+    finish(process)
+    assert ExpertPool.open(job / "pool").names == ()
+    outcome = stage(job, "train-experts", **changes)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("goes on after step") == 3
+    assert list(unfinished.iterdir()) == []
+    assert stage(job, "train-experts", **{**changes, "pool": job / "whole", "run_dir": job / "run2"}).code == 0
+    assert largest_difference(adapters(job / "whole"), adapters(job / "pool")) == 0.0

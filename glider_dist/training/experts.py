@@ -165,9 +165,10 @@ def _train(
     loop = CoTraining(runner, mine, packing, unfinished)
     if ranks.is_main:
         log.info(
-            "up to %d %ss at a time on a rank, %.1f MB each in training (%.1f of them AdamW moments)",
+            "up to %d %ss at a time on a rank, %.1f MB each in training (%.1f of them AdamW moments), "
+            "beside %.0f MB of the base",
             len(slots.names), kind, (slots.bytes_per_expert + loop.optimizer.bytes_per_expert) / 1e6,
-            loop.optimizer.bytes_per_expert / 1e6,
+            loop.optimizer.bytes_per_expert / 1e6, job.frozen.local_bytes / 1e6,
         )  # fmt: skip
     bar = progress(total=sum(t.recipe.steps for t in mine), desc=f"{kind}s on rank 0", enabled=ranks.is_main)
     turns = 0
