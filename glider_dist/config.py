@@ -42,7 +42,9 @@ class TrainConfig:
     gate_steps: int = _setting(100, "optimizer steps per gate")
     batch_size: int = _setting(16, "examples per step and expert")
     gate_batch_size: int | None = _setting(None, "examples per step and gate; None: train.batch_size")
-    experts_in_flight: int = _setting(32, "experts (or gates) that a rank trains at a time; the others wait")
+    experts_in_flight: int | None = _setting(
+        None, "experts (or gates) that a rank trains at a time, the others wait; None: 8 on a CPU, 32 on a GPU"
+    )
     micro_batch_size: int | None = _setting(
         None, "examples per forward at most; None: train.micro_batch_tokens alone"
     )
@@ -256,7 +258,6 @@ class Config:
             "train.gate_learning_rate": self.train.gate_learning_rate,
             "train.eval_every": self.train.eval_every,
             "train.eval_examples": self.train.eval_examples,
-            "train.experts_in_flight": self.train.experts_in_flight,
             "train.max_failures": self.train.max_failures,
             "train.save_minutes": self.train.save_minutes,
             "lora.rank": self.lora.rank,
@@ -287,6 +288,7 @@ class Config:
             "service.cache_entries": self.service.cache_entries,
         }
         optional = {
+            "train.experts_in_flight": self.train.experts_in_flight,
             "tasks.limit": self.tasks.limit,
             "train.micro_batch_size": self.train.micro_batch_size,
             "train.patience": self.train.patience,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_jobs import adapters, command, cores, write_tasks
+from small_jobs import adapters, command, cores, finish, kill, largest_difference, start, write_tasks
 from small_jobs import settings as job_settings
 
 from glider_dist.model.batch import Encoded
 from glider_dist.model.engine import FrozenBase
 from glider_dist.parallel.ranks import ALONE
 from glider_dist.pool import ExpertPool
-from glider_dist.testing import save_tiny_base, tiny_causal
+from glider_dist.testing import save_tiny_base, tiny_causal, tiny_seq2seq
 from glider_dist.training.adamw import StackedAdamW, Update, row_norms
 from glider_dist.training.batches import Packing, cuts, micro_batches
 from glider_dist.training.cotrain import CoTraining
@@ -189,6 +191,28 @@ def test_checkpointed_activations_change_rounding_only(base):
         assert (again[name]["row"] - one["row"]).abs().max() <= 1e-4 * one["row"].abs().max()
 
 
+def test_in_bf16_experts_trained_together_validate_as_those_trained_alone():
+    model = worker.base_model(torch.bfloat16)
+    found = run(model, [few(name, steps=20) for name in worker.SIZES], slots=6)
+    for name, one in found.items():
+        alone = run(model, [few(name, steps=20)], slots=1)[name]
+        assert one["row"].dtype == torch.float32
+        here, there = (dict(result["validation"])[result["best_step"]] for result in (one, alone))
+        assert here == pytest.approx(there, rel=0.03)
+
+
+def test_an_encoder_decoder_trains_experts_and_gates_together_as_alone():
+    tiny = tiny_seq2seq().requires_grad_(False)
+    model = dataclasses.replace(worker.base_model(torch.float32), model=tiny)
+    for kind in worker.KINDS:
+        frozen = FrozenBase(model, ALONE, 0)
+        found = worker.train(frozen, model, kind, [few(name, steps=6) for name in worker.SIZES], 6)
+        for name, one in found.items():
+            alone = worker.train(frozen, model, kind, [few(name, steps=6)], 1)[name]
+            assert one["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+            assert (one["row"] - alone["row"]).abs().max() <= 1e-2 * alone["row"].abs().max()
+
+
 def test_an_early_stop_keeps_the_best_weights(base):
     found = run(base, [few("one", steps=60, patience=2, learning_rate=3e-2)], slots=1)["one"]
     steps = [step for step, _ in found["validation"]]
@@ -307,3 +331,26 @@ def test_an_expert_that_diverges_is_named_by_its_card_and_by_the_exit_code(job):
     assert pool.expert("last").card()["scores"]["validation_loss"] > 0
     assert all(value.isfinite().all() for value in adapters(job / "pool")["copy"].values())
     assert stage(job, "train-experts", **changes).code == 0
+
+
+@pytest.mark.distributed
+def test_a_killed_stage_goes_on_in_the_middle_of_its_experts(job):
+    changes: dict[str, Any] = {"train__max_steps": 40, "train__save_minutes": 1e-6}
+    words = [sys.executable, "-m", "glider_dist", "train-experts"]
+    with cores(1):
+        process = start([*words, *job_settings(job, base=job / "base", **changes)], job)
+    unfinished = job / "run" / "unfinished" / "expert"
+    deadline = time.monotonic() + 180
+    while len(list(unfinished.glob("*.safetensors"))) < 3:
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    kill(process)
+    finish(process)
+    assert ExpertPool.open(job / "pool").names == ()
+    outcome = stage(job, "train-experts", **changes)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("goes on after step") == 3
+    assert list(unfinished.iterdir()) == []
+    assert stage(job, "train-experts", **{**changes, "pool": job / "whole", "run_dir": job / "run2"}).code == 0
+    assert largest_difference(adapters(job / "whole"), adapters(job / "pool")) == 0.0

@@ -45,6 +45,11 @@ class FrozenBase:
         if ranks.world > 1:
             self.engine = _engine(self.model, zero_stage, base.dtype)
 
+    @property
+    def local_bytes(self) -> int:
+        """Bytes of the base's parameters that this rank keeps."""
+        return sum(getattr(p, "ds_tensor", p).nbytes for p in self.model.parameters())
+
     def turn(self, kind: int) -> int:
         """What all ranks run now: the largest kind any of them asks for. Free of cost when replicated."""
         if not self.lockstep:

@@ -9,45 +9,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
-from glider_dist.model.batch import Encoded
 from glider_dist.model.sites import linear_sites, peft_targets
 from glider_dist.pool.adapter import SiteLora, inspect_adapter, write_adapter
 from glider_dist.pool.names import check_name
 from glider_dist.pool.store import check_sites
-from glider_dist.tasks.prompt import answer, prompt
 from glider_dist.tasks.task import Task
 from glider_dist.tracking.progress import progress
 from glider_dist.training.batches import packing_for
 from glider_dist.training.cotrain import CoTraining, Turn
-from glider_dist.training.order import share_out
+from glider_dist.training.prepare import prepare
 from glider_dist.training.runner import Runner, installed
 from glider_dist.training.slots import ExpertSlots, GateSlots, Slots
 from glider_dist.training.summary import report
-from glider_dist.training.trainee import Recipe, Trainee
+from glider_dist.training.trainee import Trainee
 from glider_dist.training.unfinished import Unfinished, training_key
 
 log = logging.getLogger(__name__)
-
-
-def encode_part(job: Job, task: Task, part: str, limit: int | None = None) -> list[Encoded]:
-    """Prompts and answers of one part of a task, in the order of the file."""
-    examples = task.examples(part)[:limit]
-    try:
-        return [
-            job.collator.encode(prompt(task.instruction(example, part), example), answer(example.target))
-            for example in examples
-        ]
-    except GliderError as error:
-        raise GliderError(f"task {task.name!r}, {part}: {error}") from None
 
 
 def train_experts(job: Job) -> None:
@@ -64,7 +47,7 @@ def train_experts(job: Job) -> None:
         there.check_base(job.fingerprint)
     lora, cfg = job.cfg.lora, job.cfg
     chosen = linear_sites(job.base.model, lora.targets)
-    trainees = [_trainee(job, task, _recipe(job, task)) for task in todo]
+    mine = prepare(job, todo, gate=False)
     pool = job.create_pool()
     targets = peft_targets(chosen, job.base.model)
     task_type = "SEQ_2_SEQ_LM" if job.collator.seq2seq else "CAUSAL_LM"
@@ -91,7 +74,7 @@ def train_experts(job: Job) -> None:
     _train(
         job,
         "expert",
-        trainees,
+        mine,
         slots,
         store,
         lambda name: (repr(lora), repr(job.fingerprint), str(job.base.dtype)),
@@ -118,7 +101,7 @@ def train_gates(job: Job) -> None:
         sites_of[task.name] = set(info.shapes)
         ranks |= {site: max(rank, ranks.get(site, 0)) for site, rank in info.ranks.items()}
     shapes = {site: shape for site, shape in known.items() if site in ranks}
-    trainees = [_trainee(job, task, _recipe(job, task, gate=True)) for task in todo]
+    mine = prepare(job, todo, gate=True)
 
     def slots(count: int) -> GateSlots:
         def read(name: str) -> dict[str, SiteLora]:
@@ -133,7 +116,7 @@ def train_gates(job: Job) -> None:
     _train(
         job,
         "gate",
-        trainees,
+        mine,
         slots,
         store,
         lambda name: (repr(pool.expert(name).card()["files"]), str(job.base.dtype)),
@@ -142,22 +125,6 @@ def train_gates(job: Job) -> None:
 
 def _dtype(job: Job) -> torch.dtype:
     return torch.promote_types(job.base.dtype, torch.float32)
-
-
-def _recipe(job: Job, task: Task, gate: bool = False) -> Recipe:
-    """The configured recipe with the task's own settings in place of the job's."""
-    try:
-        train: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(job.cfg.train), task.settings))
-        Config(train=train).validate()
-    except (GliderError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise GliderError(f"the settings of task {task.name!r} under 'train': {reason}") from None
-    return Recipe.of(train, job.cfg.seed, gate)
-
-
-def _trainee(job: Job, task: Task, recipe: Recipe) -> Trainee:
-    validation = encode_part(job, task, "validation", job.cfg.train.eval_examples)
-    return Trainee(task.name, encode_part(job, task, "train"), validation, recipe)
 
 
 def _tell(job: Job, what: str, todo: Sequence[Task], tasks: Sequence[Task]) -> None:
@@ -173,20 +140,24 @@ S = TypeVar("S", bound=Slots)
 def _train(
     job: Job,
     kind: str,
-    trainees: Sequence[Trainee],
+    mine: Sequence[Trainee],
     make: Callable[[int], S],
     store: Callable[[S, Trainee, torch.Tensor], None],
     parts: Callable[[str], Sequence[str]],
 ) -> None:
-    """Share the trainees out, train this rank's, store each when it is done and report on all.
+    """Train this rank's experts or gates, store each when it is done and report on all ranks'.
+
+    Args:
+        make: slots for so many.
+        store: writes one that is done to the pool, from its best row.
+        parts: what, besides recipe and examples, an unfinished training by that name depends on.
 
     Raises:
         GliderError: some stopped early as their loss was not finite; the others are done and stored.
     """
     train, ranks = job.cfg.train, job.ranks
-    shares = share_out([trainee.cost for trainee in trainees], ranks.world)
-    mine = [trainees[index] for index in shares[ranks.rank]]
-    slots = make(max(1, min(train.experts_in_flight, len(mine))))
+    most = train.experts_in_flight or (8 if job.base.device.type == "cpu" else 32)
+    slots = make(max(1, min(most, len(mine))))
     runner = Runner(job.frozen, job.collator, slots)
     packing = packing_for(job.base.device, train.micro_batch_tokens, train.micro_batch_size)
     keys = {trainee.name: training_key(trainee, *parts(trainee.name)) for trainee in mine}
@@ -194,9 +165,10 @@ def _train(
     loop = CoTraining(runner, mine, packing, unfinished)
     if ranks.is_main:
         log.info(
-            "up to %d %ss at a time on a rank, %.1f MB each in training (%.1f of them AdamW moments)",
+            "up to %d %ss at a time on a rank, %.1f MB each in training (%.1f of them AdamW moments), "
+            "beside %.0f MB of the base",
             len(slots.names), kind, (slots.bytes_per_expert + loop.optimizer.bytes_per_expert) / 1e6,
-            loop.optimizer.bytes_per_expert / 1e6,
+            loop.optimizer.bytes_per_expert / 1e6, job.frozen.local_bytes / 1e6,
         )  # fmt: skip
     bar = progress(total=sum(t.recipe.steps for t in mine), desc=f"{kind}s on rank 0", enabled=ranks.is_main)
     turns = 0

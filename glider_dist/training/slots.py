@@ -13,12 +13,16 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from glider_dist.lora.bank import SiteBank, initial_site
+from glider_dist.lora.bank import RANK_MULTIPLE, SiteBank, initial_site
 from glider_dist.model.context import RoutingContext
 from glider_dist.pool.adapter import SiteLora
 
 # Rows of the products must start at multiples of 16 bytes.
 _ALIGN = 8
+
+
+def padded_rank(rank: int) -> int:
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
 class Slots:
@@ -113,8 +117,9 @@ class ExpertSlots(Slots):
     ):
         """``shapes``: ``{site: (d_out, d_in)}``."""
         keys: dict[str, tuple[int, ...]] = {}
+        padded = padded_rank(rank)
         for site, (d_out, d_in) in shapes.items():
-            keys |= {f"{site}.A": (rank, d_in), f"{site}.B": (rank, d_out)}
+            keys |= {f"{site}.A": (padded, d_in), f"{site}.B": (padded, d_out)}
         super().__init__(keys, count, dtype, device)
         self.shapes, self.rank, self.alpha, self.seed = shapes, rank, alpha, seed
         self._scale = torch.full((count,), alpha / rank, device=device)
@@ -124,7 +129,8 @@ class ExpertSlots(Slots):
         target = self.tensors(self.weights[slot : slot + 1])
         for site, shape in self.shapes.items():
             fresh = initial_site([name], site, shape, self.rank, self.alpha, self.seed)
-            target[f"{site}.A"].copy_(fresh.A)
+            # Rows that pad the rank stay zero: neither they nor their B ever get a gradient.
+            target[f"{site}.A"][:, : self.rank] = fresh.A
 
     def banks(
         self, leaves: dict[str, torch.Tensor], lo: int, hi: int
@@ -139,7 +145,10 @@ class ExpertSlots(Slots):
     def weights_of(self, row: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """``{site: (A [r, d], B [o, r])}`` of one expert's row ``[n]``."""
         views = self.tensors(row[None])
-        return {site: (views[f"{site}.A"][0], views[f"{site}.B"][0].t()) for site in self.shapes}
+        return {
+            site: (views[f"{site}.A"][0, : self.rank], views[f"{site}.B"][0, : self.rank].t())
+            for site in self.shapes
+        }
 
 
 class GateSlots(Slots):
@@ -166,8 +175,8 @@ class GateSlots(Slots):
         self._read = read
         self._frozen = {
             site: SiteBank(
-                torch.zeros(count, ranks[site], d_in, dtype=base_dtype, device=device),
-                torch.zeros(count, ranks[site], d_out, dtype=base_dtype, device=device),
+                torch.zeros(count, padded_rank(ranks[site]), d_in, dtype=base_dtype, device=device),
+                torch.zeros(count, padded_rank(ranks[site]), d_out, dtype=base_dtype, device=device),
                 torch.zeros(count, device=device),
                 torch.ones(count, dtype=torch.bool, device=device),
             )
