@@ -11,6 +11,8 @@ from glider_dist.model.attach import (
     routing_stats,
     set_router,
 )
+from glider_dist.parallel.mesh import Mesh, init_mesh
+from glider_dist.parallel.placement import Placement
 from glider_dist.pool import ExpertPool, Fingerprint
 
 __version__ = "0.1.0"
@@ -19,10 +21,13 @@ __all__ = [
     "ExpertPool",
     "Fingerprint",
     "GliderError",
+    "Mesh",
+    "Placement",
     "RouterConfig",
     "assign_experts",
     "attach_pool",
     "detach",
+    "init_mesh",
     "query_scores",
     "reset_routing_stats",
     "routing_stats",

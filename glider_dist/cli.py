@@ -9,7 +9,6 @@ import importlib
 import logging
 import os
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,9 @@ from typing import Any
 
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
+from glider_dist.mistakes import tell, told_elsewhere
 from glider_dist.settings import read_config, settings
+from glider_dist.tracking.log_file import EarlyLog
 
 log = logging.getLogger("glider_dist")
 
@@ -33,6 +34,7 @@ class Command:
     takes_text: bool = False
     launches: bool = False
     serves: bool = False  # runs as a single process, without ranks and without a run directory
+    keeps_record: bool = True  # writes a run directory
     own_usage: bool = False  # sorts its words and key=value itself, and explains them in the module's USAGE
 
 
@@ -55,15 +57,20 @@ COMMANDS = {
     ),
     "evaluate": Command(f"{_EVALUATION}.evaluate:run", "score the routers on test queries and print the table"),
     "bench": Command(
-        "glider_dist.bench.evaluation:run",
-        "measure: `bench evaluate` times routers against the base",
-        takes_text=True,
+        "glider_dist.bench.command:run",
+        "measure: a routed layer, an exchange between ranks, an evaluation",
+        own_usage=True,
     ),
     "average-activations": Command(
-        f"{_EVALUATION}.activations:run", "mean inputs of each expert, for router.kind=average_activation"
+        f"{_EVALUATION}.activations:run",
+        "mean inputs of each expert, for router.kind=average_activation",
+        keeps_record=False,
     ),
     "predict": Command(
-        f"{_EVALUATION}.predict:run", "answer a text and show which experts served it", takes_text=True
+        f"{_EVALUATION}.predict:run",
+        "answer a text and show which experts served it",
+        takes_text=True,
+        keeps_record=False,
     ),
     "serve-embeddings": Command(
         "glider_dist.semantics.service.server:run",
@@ -144,9 +151,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except GliderError as error:
-        return _fail(str(error))
+        mistake = str(error)
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        # A collective breaks when another rank leaves it because of a mistake, which that rank has told.
+        if told_elsewhere():
+            return 2
+        raise
+    # Here, where the error's frames, which hold the connections to the other ranks, are gone.
+    return tell(mistake)
 
 
 def _main(argv: list[str]) -> int:
@@ -159,8 +173,12 @@ def _main(argv: list[str]) -> int:
         raise GliderError(f"unknown command {arguments.command!r}; the commands are {', '.join(COMMANDS)}")
     if arguments.text is not None and not command.takes_text and not command.own_usage:
         raise GliderError(f"{arguments.text!r} is neither a configuration file nor key=value")
-    if not command.launches and (arguments.fresh or arguments.ranks):
-        raise GliderError(f"--ranks and --fresh belong to quickstart; start {arguments.command} with a launcher")
+    if (arguments.fresh and not command.launches) or (
+        arguments.ranks and not command.launches and arguments.command != "bench"
+    ):
+        raise GliderError(
+            f"--ranks and --fresh belong to quickstart (and bench); start {arguments.command} with a launcher"
+        )
     if arguments.dry_run and not command.own_usage:
         raise GliderError("--dry-run belongs to pool import")
     _set_up_logging()
@@ -184,6 +202,8 @@ def run_stage(name: str, cfg: Config, stage: Any, text: str | None = None) -> No
     if not ranks.is_main:
         logging.getLogger().setLevel(logging.WARNING)
     job = Job(cfg, name, ranks)
+    if COMMANDS[name].keeps_record:
+        job.check_run_dir()
     if text is None:
         stage(job)
     else:
@@ -195,22 +215,13 @@ def _set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(lambda record: record.name.startswith("glider_dist") or record.levelno >= logging.WARNING)
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler, EarlyLog()], force=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*past_key_values")
-
-
-def _fail(message: str) -> int:
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        # A mistake that all ranks see is told by rank 0; the launcher ends the others within a second or two.
-        time.sleep(4)
-        message = f"rank {rank}: {message}"
-    print(f"glider-dist: error: {message}", file=sys.stderr, flush=True)
-    return 2
 
 
 def _help(name: str) -> str:

@@ -64,6 +64,10 @@ class LoraConfig:
 @dataclass
 class MeshConfig:
     expert_parallel: int = _setting(1, "ranks that share one copy of the pool (1: every rank holds every expert)")
+    placement: str = _setting(
+        "contiguous", "how experts are shared out; balanced: by the load in mesh.load", ("contiguous", "balanced")
+    )
+    load: str | None = _setting(None, "results.json of an earlier evaluation, for mesh.placement=balanced")
 
 
 @dataclass
@@ -96,7 +100,9 @@ class RouterConfig:
     )
     merge_density: float = _setting(0.5, "share of the weights that ties and dare keep")
     merge_seed: int = _setting(0, "seed of the weights that dare drops")
-    shortlist: int | None = _setting(None, "consider only the M globally nearest experts of each query; None: all")
+    shortlist: int | None = _setting(
+        None, "consider only the M globally nearest experts of each query, whatever the router scores; None: all"
+    )
 
 
 @dataclass
@@ -198,6 +204,11 @@ class Config:
         "auto", "dtype of the base model; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16")
     )
     zero_stage: int = _setting(0, "0: the base replicated on every rank; 3: sharded over the ranks by ZeRO 3")
+    dispatch: str = _setting(
+        "auto",
+        "how tokens and the experts of other ranks meet; auto: the cheaper way at each exchange",
+        ("auto", "local", "all_to_all", "gather"),
+    )
     embedder: str = _setting(
         "all-minilm-l6-v2", "sentence-transformers id or folder; the default needs no network"
     )
@@ -271,8 +282,8 @@ class Config:
             raise GliderError(
                 f"zero_stage is {self.zero_stage}, but a frozen base is replicated (0) or sharded (3)"
             )
-        if self.mesh.expert_parallel != 1:
-            raise GliderError("mesh.expert_parallel must be 1: experts are not placed over ranks yet")
+        if self.mesh.placement == "balanced" and self.mesh.load is None:
+            raise GliderError("mesh.placement=balanced needs mesh.load, the results.json of an earlier evaluation")
         if self.router.top_p is not None and not 0 < self.router.top_p <= 1:
             raise GliderError(f"router.top_p is {self.router.top_p}, but must lie in (0, 1]")
         if not 0 < self.router.merge_density <= 1:

@@ -11,20 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from glider_dist.config import Config
+from glider_dist.config import Config, RouterConfig
 from glider_dist.errors import GliderError
-from glider_dist.model.base import BaseModel, load_base
+from glider_dist.model.attach import attach_pool
+from glider_dist.model.base import BaseModel, choose_dtype, load_base
 from glider_dist.model.batch import Collator
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import fingerprint
+from glider_dist.parallel.mesh import Mesh, init_mesh
+from glider_dist.parallel.placement import Placement, balanced, contiguous, load_of
 from glider_dist.parallel.ranks import Ranks
 from glider_dist.pool import ExpertPool, Fingerprint
 from glider_dist.semantics.source import EmbedderSource
 from glider_dist.tasks.source import TaskSuite, load_tasks
-from glider_dist.tracking.run import Run
+from glider_dist.tracking.run import Run, check_run_dir
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +63,35 @@ class Job:
     @cached_property
     def frozen(self) -> FrozenBase:
         _ = self.fingerprint
-        return FrozenBase(self.base, self.ranks, self.cfg.zero_stage)
+        return FrozenBase(self.base, self.ranks, self.cfg.zero_stage, self.cfg.mesh.expert_parallel)
+
+    @cached_property
+    def mesh(self) -> Mesh | None:
+        """How the ranks share the experts; None in a single process."""
+        return init_mesh(self.cfg.mesh.expert_parallel)
+
+    def attach(self, pool: ExpertPool, router: RouterConfig) -> Any:
+        """Attach the pool to the base, its experts shared by the mesh; returns the model (see ``attach_pool``)."""
+        mesh, placement = self.mesh, None
+        if mesh is not None and mesh.expert_parallel > 1:
+            placement = self._placement(pool, mesh.expert_parallel)
+        return attach_pool(self.frozen.model, pool, router, mesh, self.cfg.dispatch, placement=placement)
+
+    def _placement(self, pool: ExpertPool, ranks: int) -> Placement:
+        """As stored in the run directory, else made as configured and stored there."""
+        path = self.run_dir / "placement.json"
+
+        def make() -> None:
+            if path.exists() and Placement.load(path, pool.names).ranks == ranks:
+                return
+            made = contiguous(pool.names, ranks)
+            if self.cfg.mesh.placement == "balanced":
+                made = balanced(pool.names, ranks, load_of(Path(self.cfg.mesh.load or "")))
+            made.save(path)
+            log.info("placement of the experts:\n%s", made)
+
+        self.ranks.on_main(make)
+        return Placement.load(path, pool.names)
 
     @cached_property
     def collator(self) -> Collator:
@@ -75,13 +107,24 @@ class Job:
         """The run directory; the first use writes it."""
         config = OmegaConf.to_container(OmegaConf.structured(self.cfg), resolve=True)
         assert isinstance(config, dict)
+        dtype, reason = choose_dtype(self.cfg.dtype, self.ranks.device)
         return Run.start(
             self.run_dir,
             {str(k): v for k, v in config.items()},
             self.stage,
             self.cfg.tracking,
             self.ranks.is_main,
+            {
+                "device": str(self.ranks.device),
+                "dtype": str(dtype).removeprefix("torch."),
+                "dtype_reason": reason,
+                "ranks": self.ranks.world,
+            },
         )
+
+    def check_run_dir(self) -> None:
+        """Raises GliderError on every rank if rank 0 cannot write the run directory. Nothing is written yet."""
+        self.ranks.on_main(lambda: check_run_dir(self.run_dir))
 
     @property
     def pool_path(self) -> Path:

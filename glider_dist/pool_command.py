@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool, Fingerprint, importing
+from glider_dist.pool.calibration import check_calibration
 from glider_dist.pool.export import export_merged, export_peft, export_vllm
-from glider_dist.pool.files import read_json
 from glider_dist.pool.listing import list_pool, show_expert
 from glider_dist.pool.names import check_name
 from glider_dist.pool.pack import pack, unpack
@@ -184,22 +184,22 @@ def _verify(words: list[str], options: dict[str, str]) -> int:
 
 
 def _stale(pool: ExpertPool) -> list[str]:
-    """What in ``router/`` was made for other experts or descriptions."""
+    """What in ``router/`` is broken, or was made for other experts or descriptions."""
     from glider_dist.semantics.describe import descriptions_of
     from glider_dist.semantics.index import FILE, load_index
 
-    problems = []
-    with contextlib.suppress(GliderError):  # a broken card is told already
+    try:
         descriptions = descriptions_of(pool)
+    except GliderError:  # a broken card is told already
+        return []
+    index = pool.router_dir / FILE
+    problems = []
+    for works in (
+        lambda: index.exists() and load_index(index, pool.names, descriptions),
+        lambda: check_calibration(pool, index),
+    ):
         try:
-            if (pool.router_dir / FILE).exists():
-                load_index(pool.router_dir / FILE, pool.names, descriptions)
-        except GliderError as error:
-            problems.append(str(error))
-    path = pool.router_dir / "calibration.json"
-    if path.exists():
-        try:
-            read_json(path)
+            works()
         except GliderError as error:
             problems.append(str(error))
     return problems
@@ -229,7 +229,7 @@ def _export(words: list[str], options: dict[str, str]) -> int:
     elif kind == "merged":
         print(f"one adapter, the mean of {len(names or pool.names)}, in {export_merged(pool, out, names)}")
     elif kind == "vllm":
-        print(f"serve them with: sh {export_vllm(pool, out, names)}")
+        print(f"serve them with: sh {shlex.quote(str(export_vllm(pool, out, names, _folder_of(pool.base))))}")
     elif kind == "model":
         from glider_dist.model.merge import export_model
 
@@ -238,6 +238,16 @@ def _export(words: list[str], options: dict[str, str]) -> int:
     else:
         raise GliderError(f"format={kind!r} is unknown; choose peft, merged, model or vllm")
     return 0
+
+
+def _folder_of(base: str) -> str:
+    """Where another program finds the base from any folder: it knows neither our short name nor our paths."""
+    from glider_dist.model.base import OFFLINE_DEFAULT
+    from glider_dist.model.download import smollm2_folder
+
+    if base == OFFLINE_DEFAULT:
+        return str(smollm2_folder())
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
 def _pack(words: list[str], options: dict[str, str]) -> int:

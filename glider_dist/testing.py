@@ -1,4 +1,5 @@
-"""Tiny models and pools with random weights, for tests of code that uses this package. Nothing is downloaded.
+"""Tiny models and pools with random weights, and local ranks to run them on, for tests of code that uses this
+package. Nothing is downloaded.
 
 The models have two layers per stack and a vocabulary of 256, are in fp32 and eval mode, and follow from their seed
 alone. Ids 0 to 3 are the pad, end, unknown and start token of :func:`tiny_tokenizer`.
@@ -30,9 +31,22 @@ from transformers import (
 
 from glider_dist.errors import GliderError
 from glider_dist.model.sites import fingerprint, linear_sites, peft_targets
+from glider_dist.parallel.local_ranks import LocalRanks
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.adapter import write_adapter
 from glider_dist.pool.files import write_tensors
+
+__all__ = [
+    "VOCABULARY",
+    "LocalRanks",
+    "random_pool",
+    "save_tiny_base",
+    "tiny_causal",
+    "tiny_encoder_decoder",
+    "tiny_qwen",
+    "tiny_seq2seq",
+    "tiny_tokenizer",
+]
 
 VOCABULARY = 256
 _SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}

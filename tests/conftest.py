@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from glider_dist.testing import LocalRanks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,3 +26,16 @@ def reference(name: str) -> Path:
             f"reference data {folder} is not there; set GLIDER_DIST_SHARED to the folder that holds {name}"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def local_ranks() -> Iterator[Callable[[int], LocalRanks]]:
+    """Processes that form a gloo group, by their number: started once, since that takes seconds."""
+    started: dict[int, LocalRanks] = {}
+
+    def find(world: int) -> LocalRanks:
+        return started.setdefault(world, LocalRanks(world))
+
+    yield find
+    for ranks in started.values():
+        ranks.close()

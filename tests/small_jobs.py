@@ -113,6 +113,7 @@ def command(*arguments: str) -> Outcome:
     root = logging.getLogger()
     handlers, level, variables, threads = root.handlers[:], root.level, dict(os.environ), torch.get_num_threads()
     os.environ["GLIDER_DIST_CACHE"] = _SCRATCH.name
+    os.environ.pop("OMP_NUM_THREADS", None)  # as many threads as cores, see ``cores``
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

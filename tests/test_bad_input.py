@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,8 @@ from small_jobs import (
     Outcome,
     command,
     describe_and_index,
-    finish,
-    free_port,
-    kill,
-    launch,
     settings,
     snapshot,
-    start,
     write_tasks,
 )
 
@@ -406,6 +400,14 @@ def test_an_unknown_router_is_refused_with_the_ones_there_are(refused: Refused, 
     says(refused("evaluate", "evaluate.routers=[]"), "evaluate.routers")
 
 
+@pytest.mark.parametrize("stage", ["train-experts", "describe", "index", "calibrate", "evaluate"])
+def test_a_run_directory_that_cannot_be_made_is_refused_before_anything_is_done(
+    stage: str, refused: Refused, folder: Path, pool: ExpertPool
+) -> None:
+    says(refused(stage, run_dir=folder / "tasks" / "tasks.json" / "run"), "run_dir", "no folder")
+    says(refused(stage, run_dir=folder / "tasks" / "tasks.json"), "run_dir", "no folder")
+
+
 def test_the_oracle_cannot_answer_a_typed_text(refused: Refused, pool: ExpertPool) -> None:
     says(refused("predict", "router.kind=oracle"), "oracle", "task")
 
@@ -487,55 +489,3 @@ def test_an_embedder_that_is_not_there_is_one_sentence(refused: Refused, folder:
     for expert in pool.experts():
         expert.update_card(descriptions=["A description."])
     says(refused("index", f"embedder={folder}/gone"), f"{folder}/gone", "embedder=")
-
-
-# --- several ranks ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.distributed
-def test_two_ranks_with_different_configurations_are_refused_on_both(folder: Path, base: Path) -> None:
-    before = snapshot(folder)
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = []
-    for rank in (0, 1):
-        words = settings(folder, base=base, seed=rank)
-        arguments = [sys.executable, "-m", "glider_dist", "train-experts", *words]
-        processes.append(start(arguments, folder, RANK=str(rank), LOCAL_RANK=str(rank), **env))
-    try:
-        outcomes = [finish(process) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                kill(process)
-    for rank, outcome in enumerate(outcomes):
-        message = one_sentence(outcome)
-        says(message, "rank 1 has another configuration than rank 0")
-        assert message.startswith("rank 1: ") == (rank == 1)
-    assert snapshot(folder) == before
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("stage", "change", "needles"),
-    [
-        ("train-experts", {"base": "gone"}, ["gone"]),
-        ("index", {"embedder": "gone"}, ["embedder", "gone"]),
-    ],
-)
-def test_a_mistake_on_several_ranks_is_told_once_and_the_launcher_ends_with_code_2(
-    stage: str, change: dict[str, str], needles: list[str], folder: Path, base: Path
-) -> None:
-    pool = random_pool(folder / "pool", tiny_causal(), experts=HELD_IN[:2])
-    for expert in pool.experts():
-        expert.update_card(descriptions=["A description."])
-    before = snapshot(folder)
-    words = settings(folder, **{"base": base, **{key: folder / value for key, value in change.items()}})
-    outcome = launch(folder, 2, [stage, *words], launcher="deepspeed")
-    assert outcome.code == 2, outcome
-    # On a busy machine the launcher may end the other rank only after it has told the same.
-    told = [error for error in outcome.errors if not error.startswith("rank 1: ")]
-    assert len(told) == 1, outcome.err
-    assert set(outcome.errors) <= {told[0], f"rank 1: {told[0]}"}, outcome.err
-    assert "Traceback" not in outcome.err, outcome.err
-    says(told[0], *needles)
-    assert snapshot(folder) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -117,3 +118,23 @@ def test_a_process_prints_the_answer_to_stdout_or_one_sentence_to_stderr(tmp_pat
     assert len(wrong.errors) == 1
     assert "Traceback" not in wrong.err
     assert wrong.out == ""
+
+
+def test_the_record_of_a_run_begins_with_the_base_its_dtype_and_its_device(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", tiny_causal())
+    random_pool(tmp_path / "pool", tiny_causal(), experts=HELD_IN)
+    write_tasks(tmp_path / "tasks")
+    words = settings(tmp_path, base=base, evaluate__routers="[base]", evaluate__queries=1)
+    outcome = command("evaluate", *words)
+    assert outcome.code == 0, outcome.err
+    # The run directory is opened last here, when the table is written.
+    assert f"base {base} on cpu, float32: asked for" in (tmp_path / "run" / "log.txt").read_text()
+    compute = json.loads((tmp_path / "run" / "versions.json").read_text())["compute"]
+    assert compute == {"device": "cpu", "dtype": "float32", "dtype_reason": "float32: asked for", "ranks": 1}
+
+
+def test_a_text_is_answered_where_no_run_can_be_recorded(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", tiny_causal())
+    random_pool(tmp_path / "pool", tiny_causal(), experts=HELD_IN)
+    words = settings(tmp_path, base=base, router__kind="phatgoose", run_dir=base / "config.json")
+    assert command("predict", "Repeat the words. Input: sun", *words).code == 0

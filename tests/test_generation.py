@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import glider_dist as gd
-from glider_dist.evaluation.choices import rank_choices
+from glider_dist.evaluation.choices import cache_name, rank_choices
 from glider_dist.evaluation.queries import Query, QueryRunner, Scope
 from glider_dist.model.attach import context_of
 from glider_dist.model.base import BaseModel, load_base
@@ -202,9 +204,7 @@ def test_generation_counts_real_tokens_and_cross_attention_counts_the_encoders(n
     decoded = len(chosen) * (steps if attached.collator.seq2seq else steps - 1)
     for site, counts in gd.routing_stats(attached.model).items():
         cross = "EncDecAttention" in site or "crossattention" in site
-        if "pooler" in site:
-            tokens = len(chosen)
-        elif not attached.collator.seq2seq:
+        if not attached.collator.seq2seq:
             tokens = prompts + decoded
         elif site.startswith("encoder") or (cross and site.rsplit(".", 1)[-1] in ("k", "v", "key", "value")):
             tokens = prompts  # once: decoding steps take keys and values from the cache
@@ -305,6 +305,32 @@ def test_rank_choices_agrees_with_scoring_every_pair_separately(name, router, ba
             continue
         scores = [separate_score(attached, one.encoded.prompt, text, scope([i])) for text in choices]
         assert ranked[i] == max(range(len(choices)), key=lambda j: scores[j]), (i, scores)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ranking_choices_uses_nothing_that_transformers_is_about_to_drop(name, loaded):
+    attached = loaded(name)
+    gd.set_router(attached.model, ROUTERS["glider"])
+    queries = [query(attached.collator, 0, ("yes", "no"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        rank_choices(attached.model, attached.collator, queries, 4, attached.scope)
+
+
+def test_ranking_choices_works_with_models_that_name_their_cache_otherwise(loaded, monkeypatch):
+    attached = loaded("llama")
+    gd.set_router(attached.model, ROUTERS["glider"])
+    queries = [query(attached.collator, i, choices) for i, choices in enumerate(CHOICES)]
+    wanted = rank_choices(attached.model, attached.collator, queries, 6, attached.scope)
+    forward, name = attached.model.forward, cache_name(attached.model)
+
+    def older(input_ids: torch.Tensor, past_key_values: Any = None, **others: Any) -> Any:
+        result = forward(input_ids=input_ids, **{name: past_key_values}, **others)
+        return SimpleNamespace(logits=result.logits, past_key_values=getattr(result, name))
+
+    monkeypatch.setattr(attached.model, "forward", older)
+    assert cache_name(attached.model) == "past_key_values"
+    assert rank_choices(attached.model, attached.collator, queries, 6, attached.scope) == wanted
 
 
 def test_a_causal_batch_keeps_its_logits_only_where_there_are_targets(loaded):

@@ -170,16 +170,21 @@ def test_the_script_for_vllm_names_every_expert(pool: ExpertPool, tmp_path: Path
     vllm.parent.mkdir()
     vllm.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     vllm.chmod(0o755)
-    found = subprocess.run(
-        [tmp_path / "out" / "vllm.sh", "my base", "--port", "1"],
-        env={"PATH": f"{vllm.parent}:/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    assert found[:5] == ["serve", "my base", "--enable-lora", "--max-lora-rank", "8"]
-    assert found[6:9] == [f"{name}={tmp_path / 'out' / name}" for name in "abc"]
-    assert found[9:] == ["--port", "1"]
+
+    def started(*words: str) -> list[str]:
+        return subprocess.run(
+            [tmp_path / "out" / "vllm.sh", *words],
+            env={"PATH": f"{vllm.parent}:/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+
+    options = ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "3", "--lora-modules"]
+    modules = [f"{name}={tmp_path / 'out' / name}" for name in "abc"]
+    assert started() == ["serve", pool.base, *options, *modules]
+    assert started("--port", "1") == ["serve", pool.base, *options, *modules, "--port", "1"]
+    assert started("my base", "--port", "1") == ["serve", "my base", *options, *modules, "--port", "1"]
 
 
 def test_a_packed_pool_is_unpacked_as_it_was(pool: ExpertPool, tmp_path: Path) -> None:

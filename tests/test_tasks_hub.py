@@ -111,10 +111,66 @@ def test_a_split_that_serves_as_test_is_never_trained_on(tmp_path, part):
         task.examples(part)
 
 
-def test_an_unlabelled_row_is_reported_instead_of_taking_the_last_choice(tmp_path):
+def test_rows_without_a_label_or_an_input_are_left_out_with_a_warning(tmp_path, caplog):
+    rows = _rows(8)
+    # SNLI marks pairs without agreement with -1; text columns have nulls.
+    rows[2]["label"], rows[3]["label"], rows[5]["text"] = -1, None, None
+    files = _data(tmp_path, train=_rows(20), test=rows)
+    examples = _task(tmp_path, data_files=files).examples("test")
+    assert [example.id for example in examples] == [f"toy-test-{row}" for row in (0, 1, 4, 6, 7)]
+    assert "3 of 8 rows of test lack an input or a target" in caplog.text
+
+
+def test_the_limit_counts_complete_rows(tmp_path):
+    rows = _rows(40)
+    for row in rows[::2]:
+        row["word"] = "  "
+    files = _data(tmp_path, train=_rows(20), test=rows)
+    task = _task(tmp_path, limit=20, data_files=files, target="word", choices=None)
+    assert len(task.examples("test")) == 20
+
+
+def test_a_split_without_any_label_is_refused_with_what_to_do(tmp_path):
     files = _data(tmp_path, train=_rows(20), test=[{"text": "x", "label": -1, "word": "w"}])
-    with pytest.raises(GliderError, match=r"test row 0: the label -1 is not one of the 2 choices"):
+    with pytest.raises(GliderError, match=r"no row of the split 'test' .* split_names which split serves as test"):
         _task(tmp_path, data_files=files).examples("test")
+
+
+def test_a_label_beyond_the_choices_is_reported(tmp_path):
+    files = _data(tmp_path, train=_rows(20), test=[{"text": "x", "label": 2, "word": "w"}])
+    with pytest.raises(GliderError, match=r"test row 0: the label 2 is not one of the 2 choices"):
+        _task(tmp_path, data_files=files).examples("test")
+
+
+def test_a_data_set_as_the_hub_keeps_it_brings_its_class_names_and_nested_answers(tmp_path):
+    import datasets
+
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "answers": {"text": datasets.List(datasets.Value("string"))},
+            "kind": datasets.ClassLabel(names=["fact", "number"]),
+        }
+    )
+    rows = [{"question": f"q{n}", "answers": {"text": [f"a{n}", "b"]}, "kind": n % 2} for n in range(20)]
+    made = datasets.Dataset.from_list(rows, features=features)
+    folder = tmp_path / "repository"
+    for split in ("train", "test"):
+        (folder / "plain").mkdir(parents=True, exist_ok=True)
+        made.to_parquet(folder / "plain" / f"{split}-00000-of-00001.parquet")
+    configs = {
+        "config_name": "plain",
+        "data_files": [{"split": s, "path": f"plain/{s}-*"} for s in ("train", "test")],
+    }
+    other = {"config_name": "other", "data_files": "plain/test-*"}
+    (folder / "README.md").write_text("---\n" + json.dumps({"configs": [configs, other]}) + "\n---\n")
+    shared = {"dataset": str(folder), "config": "plain", "input": "{question}", "choices": None}
+    kinds = _task(tmp_path, **shared, target="kind").examples("test")
+    assert (kinds[1].target, kinds[1].choices) == ("number", ("fact", "number"))
+    answers = _task(tmp_path, **shared, target="{answers[text][0]}").examples("test")
+    assert (answers[3].input, answers[3].target) == ("q3", "a3")
+    with pytest.raises(GliderError, match=r"Config name is missing.*'plain', 'other'"):
+        _task(tmp_path, **{**shared, "config": None}, target="kind").examples("test")
 
 
 def test_a_template_that_does_not_fit_is_reported_with_the_columns(tmp_path):

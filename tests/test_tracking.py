@@ -14,8 +14,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from glider_dist.errors import GliderError
+from glider_dist.tracking.log_file import EarlyLog
 from glider_dist.tracking.progress import progress
-from glider_dist.tracking.run import Run
+from glider_dist.tracking.run import Run, check_run_dir
 
 CONFIG = {"seed": 3, "train": {"max_steps": 10, "learning_rate": 5e-3}, "tasks": ["a", "b"], "pool": None}
 
@@ -157,7 +158,7 @@ def test_an_unknown_mode_and_an_unwritable_directory_are_reported(tmp_path: Path
 _RUN = """
 import logging, sys
 from pathlib import Path
-from glider_dist.tracking.run import Run
+from glider_dist.tracking.run import Run, check_run_dir
 
 logging.basicConfig(level=logging.WARNING)
 run = Run.start(Path(sys.argv[1]), {"seed": 0}, "evaluate", sys.argv[2], is_main=True)
@@ -197,7 +198,7 @@ def test_two_runs_may_be_open_in_one_process(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from glider_dist.tracking.run import Run
+from glider_dist.tracking.run import Run, check_run_dir
 
 runs = [Run.start(Path(sys.argv[1]) / name, {}, name, "offline", is_main=True) for name in "ab"]
 for number, run in enumerate(runs):
@@ -246,6 +247,7 @@ def test_a_wandb_that_fails_in_the_middle_is_one_warning_and_the_run_goes_on(tmp
 
 def test_progress_without_a_terminal_prints_few_whole_lines() -> None:
     printed = _python("""
+from glider_dist.tracking.log_file import EarlyLog
 from glider_dist.tracking.progress import progress
 for _ in progress(range(5000), desc="batches"):
     pass
@@ -265,3 +267,36 @@ def test_progress_disabled_prints_nothing_and_passes_items_through(
     bar.update(1)
     bar.close()
     assert capsys.readouterr().err == ""
+
+
+def test_what_was_logged_before_the_run_directory_opened_is_in_its_log(tmp_path):
+    root = logging.getLogger()
+    early = EarlyLog()
+    root.addHandler(early)
+    try:
+        logging.getLogger("glider_dist.model").warning("before the run")
+        run = Run.start(tmp_path / "run", CONFIG, "evaluate", "off", True, {"dtype": "float32"})
+        logging.getLogger("glider_dist.model").warning("within the run")
+        run.finish()
+        assert early not in root.handlers
+    finally:
+        root.removeHandler(early)
+    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["before the run", "within the run"]
+    assert json.loads((tmp_path / "run" / "versions.json").read_text())["compute"] == {"dtype": "float32"}
+
+
+def test_a_run_directory_is_checked_without_being_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_run_dir(tmp_path / "new" / "run")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(GliderError, match=r"run_dir .* cannot be written .*file is no folder"):
+            check_run_dir(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_run_directory_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(GliderError, match="no permission to write"):
+        check_run_dir(tmp_path / "run")

@@ -21,7 +21,9 @@ from glider_dist.lora.bank import SiteBank, stack_site
 from glider_dist.lora.lag import delta_norms, norm_factors
 from glider_dist.lora.merge import merge_banks
 from glider_dist.model.activations import average_activations
-from glider_dist.model.attach import context_of, install, load_banks
+from glider_dist.model.attach import context_of, install
+from glider_dist.model.base import load_base
+from glider_dist.model.loading import load_banks
 from glider_dist.model.stored import ACTIVATION_FILE, write_activations
 from glider_dist.pool import SiteLora
 from glider_dist.pool.adapter import WEIGHTS_FILE
@@ -93,6 +95,28 @@ def test_on_random_adapters_pefts_power_iteration_has_not_converged_and_ours_is_
     assert theirs_off > 1e-3
     ours = logits_of(gd.attach_pool(model, pool, gd.RouterConfig(kind="arrow", top_k=2)))
     assert distance(ours, logits_of(arrow)) > 1e-3
+
+
+@pytest.mark.model
+def test_on_smollm2_arrow_equals_pefts_own_and_differs_where_pefts_has_not_converged(tmp_path):
+    made = {"one dominant direction": dominant_pool, "random adapters": random_pool}
+    off = {}
+    for name, make in made.items():
+        base = load_base("smollm2-135m", "float32", "cpu")
+        texts = ["Write the plural.\nInput: ox\nOutput:", "Good or bad?\nInput: a gorgeous film\nOutput:"]
+        inputs = base.tokenizer(texts, return_tensors="pt", padding=True)
+        pool = make(tmp_path / name, base.model, experts=4, rank=8)
+        router = gd.RouterConfig(kind="arrow", top_k=2, temperature=0.7)
+        with torch.no_grad():
+            ours = gd.attach_pool(base.model, pool, router)(**inputs).logits[inputs["attention_mask"] > 0]
+            bare = gd.detach(base.model)
+            arrow = peft_arrow(bare, pool, top_k=2, router_temperature=0.7)
+            theirs = arrow(**inputs).logits[inputs["attention_mask"] > 0]
+        off[name] = distance(ours, theirs)
+        most = float((ours - theirs).abs().max())
+        print(f"SmolLM2, {name}: |ours - PEFT's| / |PEFT's| = {off[name]:.1e}, at most {most:.1e} in a logit")
+    assert off["one dominant direction"] < 1e-4
+    assert off["random adapters"] > 1e-3
 
 
 # Formulas in float64 ----------------------------------------------------------------------------------------

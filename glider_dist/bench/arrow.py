@@ -1,9 +1,9 @@
 """Arrow here and in PEFT: time and memory of a forward pass over 8, 32 and 128 adapters.
 
-``python -m glider_dist.bench.arrow`` prints the table. Both run in fp32 on the CPU over a random Llama of two
-layers of width 576 (those of SmolLM2-135M) and the same rank-16 adapters, each in a process of its own; the logits
-must agree to 1e-4. The adapters have one dominant direction per site: on others PEFT's prototypes, from 15 power
-iterations, are not those of Arrow.
+Both run in fp32 on the CPU over a random Llama of two layers of width 576 (those of SmolLM2-135M) and the same
+rank-16 adapters, each in a process of its own with one thread. The processes take turns, forward by forward, so
+that whatever else the machine does falls on both; the logits must agree to 1e-4. The adapters have one dominant
+direction per site: on others PEFT's prototypes, from 15 power iterations, are not those of Arrow.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,11 +25,137 @@ from glider_dist.model.attach import attach_pool
 from glider_dist.model.sites import fingerprint, linear_sites, peft_targets
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.adapter import write_adapter
+from glider_dist.pool.files import write_json
+from glider_dist.pool.table import table
 from glider_dist.testing import tiny_causal
 
+if TYPE_CHECKING:
+    from glider_dist.job import Job
+
 COUNTS = (8, 32, 128)
-BATCH, LENGTH, RANK, TOP_K, REPEATS = 4, 64, 16, 2, 5
+BATCH, LENGTH, RANK, TOP_K, ROUNDS = 4, 64, 16, 2, 9
 SIZE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+SIDES = ("peft", "ours")
+
+
+def run(job: Job) -> None:
+    """Print the table, and write ``run_dir/bench_arrow.json``."""
+    job.ranks.on_main(lambda: report(job.run_dir / "bench_arrow.json"))
+
+
+def report(file: Path) -> None:
+    """Measure, print the table and write every number to ``file``."""
+    setting = f"{BATCH} x {LENGTH} tokens, rank {RANK}, top_k {TOP_K}, fp32, one thread, {ROUNDS} rounds in turns"
+    print(setting, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [compare(Path(folder) / str(count), count) for count in COUNTS]
+    write_json(file, {"setting": setting, "rows": rows})
+    print(arrow_table(rows), flush=True)
+
+
+def arrow_table(rows: list[dict[str, Any]]) -> str:
+    """One line per number of adapters: the median forward of both and its ratio, and memory over the base's."""
+    titles = ["adapters"]
+    titles += [f"{side} {what}" for what in ("ms", "first ms", "held MB", "peak MB") for side in SIDES]
+    titles.insert(3, "ratio")
+    lines = []
+    for row in rows:
+        cells = [str(row["adapters"])]
+        for key, factor in (("median", 1e3), ("first", 1e3), ("held_mb", 1), ("peak_mb", 1)):
+            cells += [f"{row[side][key] * factor:.0f}" for side in SIDES]
+        cells.insert(3, f"{row['ratio']:.1f}x")
+        lines.append(cells)
+    return table(titles, lines, right=titles, cut=False)
+
+
+def compare(path: Path, count: int) -> dict[str, Any]:
+    """Numbers of both sides with ``count`` adapters: seconds of the first forward (prototypes included) and of the
+    later ones, MB held once loaded and at the peak of a later forward, both over the base alone.
+
+    Raises:
+        GliderError: the two give different logits.
+    """
+    dominant_pool(path, tiny_causal(**SIZE), count)
+    with _process("peft", path) as peft, _process("ours", path) as ours:
+        pipes = dict(zip(SIDES, (peft, ours), strict=True))
+        result: dict[str, Any] = {"adapters": count}
+        for side, pipe in pipes.items():
+            result[side] = {**_ask(pipe, "load"), "seconds": []}
+        for turn in range(ROUNDS):
+            for side in SIDES if turn % 2 else reversed(SIDES):
+                result[side]["seconds"].append(_ask(pipes[side], "forward"))
+        logits = []
+        for side, pipe in pipes.items():
+            last = _ask(pipe, "end")
+            result[side] |= {"peak_mb": last["peak_mb"], "median": statistics.median(result[side]["seconds"])}
+            logits.append(torch.tensor(last["logits"]))
+    distance = float((logits[0] - logits[1]).norm() / logits[0].norm())
+    if not distance < 1e-4:
+        raise GliderError(f"with {count} adapters the logits differ by {distance:.1e}; this is a bug")
+    return {**result, "ratio": result["peft"]["median"] / result["ours"]["median"], "distance": distance}
+
+
+@contextmanager
+def _process(side: str, path: Path) -> Iterator[Any]:
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_serve, args=(side, str(path), there), daemon=True
+    )
+    process.start()
+    there.close()
+    try:
+        yield here
+    finally:
+        here.close()
+        process.join(10)
+        process.kill()
+
+
+def _ask(pipe: Any, what: str) -> Any:
+    pipe.send(what)
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise GliderError("a process of the measurement has ended; its error is above") from None
+
+
+def _serve(side: str, path: str, pipe: Any) -> None:
+    """One side's process: load, then one forward whenever asked."""
+    torch.set_num_threads(1)
+    pool = ExpertPool.open(path)
+    model: Any = tiny_causal(**SIZE)
+    ids = torch.randint(4, 256, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    logits = torch.empty(0)
+    with torch.inference_mode():
+        model(ids)
+        before = _memory("VmRSS")
+        while (what := pipe.recv()) != "end":
+            if what == "load":
+                model = _attached(side, model, pool)
+            started = time.perf_counter()
+            logits = model(ids).logits
+            seconds = time.perf_counter() - started
+            if what == "forward":
+                pipe.send(seconds)
+                continue
+            pipe.send({"first": seconds, "held_mb": _memory("VmRSS") - before})
+            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    pipe.send({"peak_mb": _memory("VmHWM") - before, "logits": logits[:, -1].flatten().tolist()})
+
+
+def _attached(side: str, model: Any, pool: ExpertPool) -> Any:
+    if side == "ours":
+        return attach_pool(model, pool, RouterConfig(kind="arrow", top_k=TOP_K))
+    from peft import ArrowConfig, create_arrow_model
+
+    paths = [str(expert.folder) for expert in pool.experts()]
+    return create_arrow_model(model, paths, ArrowConfig(top_k=TOP_K, rng_seed=0)).eval()
+
+
+def _memory(key: str) -> float:
+    """MB from ``/proc/self/status``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
 def dominant_pool(path: Path, model: Any, experts: int, rank: int = RANK, strength: float = 20.0) -> ExpertPool:
@@ -51,63 +179,5 @@ def dominant_pool(path: Path, model: Any, experts: int, rank: int = RANK, streng
     return pool
 
 
-def main() -> None:
-    """Print the table."""
-    torch.set_num_threads(1)
-    print(f"{BATCH} x {LENGTH} tokens, rank {RANK}, top_k {TOP_K}, one thread; MB over the base alone")
-    print(f"{'adapters':>8} {'':5} {'first s':>8} {'then s':>8} {'held MB':>8} {'peak MB':>8}")
-    with tempfile.TemporaryDirectory() as folder:
-        for count in COUNTS:
-            path = Path(folder) / str(count)
-            dominant_pool(path, tiny_causal(**SIZE), count)
-            logits = []
-            for who in ("peft", "ours"):
-                with multiprocessing.get_context("spawn").Pool(1) as process:
-                    numbers, made = process.apply(measure, (who, str(path)))
-                logits.append(torch.tensor(made))
-                print(f"{count:8} {who:5} " + " ".join(f"{number:8.3g}" for number in numbers), flush=True)
-            distance = float((logits[0] - logits[1]).norm() / logits[0].norm())
-            if not distance < 1e-4:
-                raise GliderError(f"with {count} adapters the logits differ by {distance:.1e}; this is a bug")
-
-
-def measure(who: str, path: str) -> tuple[tuple[float, float, float, float], list[float]]:
-    """Seconds of the first forward (prototypes included) and of the next ones (median), resident MB once loaded
-    and at the peak of a later forward, both over the base alone; and the logits of the last tokens.
-    """
-    torch.set_num_threads(1)
-    pool = ExpertPool.open(path)
-    model: Any = tiny_causal(**SIZE)
-    ids = torch.randint(4, 256, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        model(ids)
-        before = _memory("VmRSS")
-        if who == "peft":
-            from peft import ArrowConfig, create_arrow_model
-
-            paths = [str(expert.folder) for expert in pool.experts()]
-            model = create_arrow_model(model, paths, ArrowConfig(top_k=TOP_K, rng_seed=0)).eval()
-        else:
-            model = attach_pool(model, pool, RouterConfig(kind="arrow", top_k=TOP_K))
-        started = time.perf_counter()
-        model(ids)
-        first = time.perf_counter() - started
-        held = _memory("VmRSS") - before
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        seconds = []
-        for _ in range(REPEATS):
-            started = time.perf_counter()
-            logits = model(ids).logits
-            seconds.append(time.perf_counter() - started)
-        peak = _memory("VmHWM") - before
-    return (first, statistics.median(seconds), held, peak), logits[:, -1].flatten().tolist()
-
-
-def _memory(key: str) -> float:
-    """MB from ``/proc/self/status``."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
-
-
 if __name__ == "__main__":
-    main()
+    report(Path("runs/bench/bench_arrow.json"))

@@ -10,35 +10,32 @@ import dataclasses
 import statistics
 import time
 
-from glider_dist.errors import GliderError
-from glider_dist.evaluation.queries import QueryRunner, make_queries, no_scope
+from glider_dist.evaluation.queries import QueryRunner, make_queries
 from glider_dist.evaluation.routers import router_scope
 from glider_dist.job import Job
-from glider_dist.model.attach import attach_pool, detach, set_router
+from glider_dist.model.attach import detach, set_router
 from glider_dist.pool.files import write_json
-from glider_dist.routing.strategies import STRATEGIES
 from glider_dist.semantics.global_router import global_router
 
 REPEATS = 3
 
 
-def run(job: Job, what: str = "evaluate") -> None:
+def run(job: Job) -> None:
     """Print seconds per query of ``evaluate.routers`` (less the oracle) and their ratios to the base alone."""
-    if what != "evaluate":
-        raise GliderError(f"bench knows evaluate, not {what!r}")
     pool, cfg = job.open_pool(), job.cfg
     routers = ["base", *(kind for kind in cfg.evaluate.routers if kind not in ("base", "oracle"))]
     queries = make_queries(job.tasks.all, "test", cfg.evaluate.queries, job.collator, pool.names)
     mine = queries[job.ranks.rank :: job.ranks.world]
     similarity = global_router(job, pool).similarity([query.instruction for query in mine])
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
-    model = attach_pool(job.frozen.model, pool, dataclasses.replace(cfg.router, kind="phatgoose"))
+    model = job.attach(pool, dataclasses.replace(cfg.router, kind="phatgoose"))
     seconds: dict[str, list[float]] = {kind: [] for kind in routers}
     try:
         for repeat in range(-1, REPEATS):
             for kind in routers:
-                set_router(model, dataclasses.replace(cfg.router, kind=kind), pool)
-                scope = router_scope(model, kind, similarity, None) if STRATEGIES[kind].uses_global else no_scope
+                router = dataclasses.replace(cfg.router, kind=kind)
+                set_router(model, router, pool)
+                scope = router_scope(model, router, similarity, None)
                 # The round before the first warms up, on a few queries.
                 chosen = mine if repeat >= 0 else mine[: cfg.evaluate.batch_size]
                 job.ranks.barrier()

@@ -25,7 +25,7 @@ from glider_dist.evaluation.evaluate import calibration_of
 from glider_dist.evaluation.queries import QueryRunner, make_queries, queries_digest
 from glider_dist.evaluation.routers import router_scope, router_settings
 from glider_dist.job import Job
-from glider_dist.model.attach import attach_pool, detach, set_router
+from glider_dist.model.attach import detach, set_router
 from glider_dist.pool.files import write_json
 from glider_dist.semantics.global_router import global_router, query_settings
 from glider_dist.semantics.index import FILE
@@ -73,13 +73,14 @@ def run(job: Job) -> None:
     encoded = [query.encoded for query in queries] * 2
 
     mine = list(range(job.ranks.rank, len(encoded), job.ranks.world))
-    model = attach_pool(job.frozen.model, pool, dataclasses.replace(cfg.router, kind="glider", **_fixed(1.0)))
+    model = job.attach(pool, dataclasses.replace(cfg.router, kind="glider", **_fixed(1.0)))
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
     losses = np.zeros((len(cfg.calibrate.alphas), len(encoded)))
     try:
         for place, alpha in enumerate(progress(cfg.calibrate.alphas, desc="alphas", enabled=job.ranks.is_main)):
-            set_router(model, dataclasses.replace(cfg.router, kind="glider", **_fixed(alpha)))
-            scope = router_scope(model, "glider", both[mine], None)
+            fixed = dataclasses.replace(cfg.router, kind="glider", **_fixed(alpha))
+            set_router(model, fixed)
+            scope = router_scope(model, fixed, both[mine], None)
             losses[place, mine] = runner.nll([encoded[i] for i in mine], scope).numpy()  # nats per token
     finally:
         detach(model)

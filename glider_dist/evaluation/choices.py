@@ -6,6 +6,7 @@ The prompt runs once for all its choices: its key-value cache (causal models) or
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from glider_dist.evaluation.queries import Query, Scope
-from glider_dist.model.batch import IGNORED, Collator, Encoded
+from glider_dist.model.batch import Collator, Encoded
 from glider_dist.tasks.prompt import answer
+
+Inputs = dict[str, torch.Tensor]
 
 
 @torch.no_grad()
@@ -59,51 +62,48 @@ def _choice_scores(model: Any, collator: Collator, queries: Sequence[Query], wid
     ]
     empty = torch.tensor([[place >= len(row) for place in range(width)] for row in texts])
     prompts = collator.prompts([Encoded(query.encoded.prompt, ()) for query in queries])
-    logits, labels = (_seq2seq if collator.seq2seq else _causal)(model, collator, prompts, answers, width)
-    at = labels != IGNORED
-    losses = F.cross_entropy(logits[at].float(), labels[at], reduction="none")
+    ids, mask = collator.pad_rows(answers, left=False)
+    if collator.seq2seq:
+        starts = collator.pad_rows([(collator.start, *row[:-1]) for row in answers], left=False)
+        logits = _seq2seq(model, prompts, *starts, width)
+    else:
+        logits = _causal(model, collator, prompts, ids, mask, width)
+    at = mask.bool()
+    losses = F.cross_entropy(logits[at].float(), ids[at], reduction="none")
     total = torch.zeros(at.shape, device=losses.device).masked_scatter(at, losses).sum(1)
     scores = -(total / at.sum(1)).view(len(queries), width).cpu()
     return scores.masked_fill(empty, float("-inf"))
 
 
 def _causal(
-    model: Any,
-    collator: Collator,
-    prompts: dict[str, torch.Tensor],
-    answers: list[tuple[int, ...]],
-    width: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = prompts["attention_mask"]
+    model: Any, collator: Collator, prompts: Inputs, ids: torch.Tensor, mask: torch.Tensor, width: int
+) -> torch.Tensor:
+    """Logits of each answer's tokens; ``[B * width, L, V]``."""
     keep = {"logits_to_keep": 1} if collator.keeps_logits else {}
-    first = model(**prompts, **collator.positions(mask), **keep, use_cache=True)
-    cache = first.past_key_values
+    prompt_mask = prompts["attention_mask"]
+    first = model(**prompts, **collator.positions(prompt_mask), **keep, use_cache=True)
+    key = cache_name(model)
+    cache = getattr(first, key)
     cache.batch_repeat_interleave(width)
-    ids, answer_mask = collator.pad_rows(answers, left=False)
-    labels = ids.masked_fill(answer_mask == 0, IGNORED)
-    full = torch.cat([mask.repeat_interleave(width, 0), answer_mask], 1)
-    positions = {name: value[:, mask.shape[1] :] for name, value in collator.positions(full).items()}
-    rest = model(input_ids=ids, attention_mask=full, past_key_values=cache, **positions, use_cache=True)
+    full = torch.cat([prompt_mask.repeat_interleave(width, 0), mask], 1)
+    positions = {name: value[:, prompt_mask.shape[1] :] for name, value in collator.positions(full).items()}
+    rest = model(input_ids=ids, attention_mask=full, **{key: cache}, **positions, use_cache=True)
     before = first.logits[:, -1:].repeat_interleave(width, 0)
-    return torch.cat([before, rest.logits[:, :-1]], 1), labels
+    return torch.cat([before, rest.logits[:, :-1]], 1)
 
 
-def _seq2seq(
-    model: Any,
-    collator: Collator,
-    prompts: dict[str, torch.Tensor],
-    answers: list[tuple[int, ...]],
-    width: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def cache_name(model: Any) -> str:
+    """What the model's forward and its output call the cache: transformers renames it, model by model."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _seq2seq(model: Any, prompts: Inputs, ids: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
+    """Logits of each answer's tokens, given these shifted by one; ``[B * width, L, V]``."""
     states = model.get_encoder()(**prompts)
     states.last_hidden_state = states.last_hidden_state.repeat_interleave(width, 0)
-    ids, answer_mask = collator.pad_rows(answers, left=False)
-    labels = ids.masked_fill(answer_mask == 0, IGNORED)
-    shifted, shifted_mask = collator.pad_rows([(collator.start, *row[:-1]) for row in answers], left=False)
-    logits = model(
+    return model(
         encoder_outputs=states,
         attention_mask=prompts["attention_mask"].repeat_interleave(width, 0),
-        decoder_input_ids=shifted,
-        decoder_attention_mask=shifted_mask,
+        decoder_input_ids=ids,
+        decoder_attention_mask=mask,
     ).logits
-    return logits, labels

@@ -14,10 +14,10 @@ from glider_dist.evaluation.queries import Query, make_queries, queries_digest
 from glider_dist.evaluation.report import QueryResult, RouterResult, summary_table, task_table, write_reports
 from glider_dist.evaluation.routers import evaluate_router, router_settings
 from glider_dist.job import Job
-from glider_dist.model.attach import attach_pool, detach
+from glider_dist.model.attach import detach
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json, write_json
-from glider_dist.routing.strategies import check_router, strategy_of
+from glider_dist.routing.strategies import check_router, check_shared, needs_scores, strategy_of
 from glider_dist.semantics.global_router import global_router, query_settings
 from glider_dist.semantics.index import FILE
 from glider_dist.tracking.progress import progress
@@ -31,13 +31,17 @@ def run(job: Job) -> list[RouterResult]:
     pool = job.open_pool(check_base=False)
     for kind in cfg.evaluate.routers:
         check_router(dataclasses.replace(cfg.router, kind=kind), len(pool))
+        if cfg.mesh.expert_parallel > 1:
+            check_shared(dataclasses.replace(cfg.router, kind=kind))
     if not cfg.evaluate.routers:
         raise GliderError("evaluate.routers is empty; name at least one router")
     if len(set(cfg.evaluate.routers)) != len(cfg.evaluate.routers):
         raise GliderError("evaluate.routers names a router twice")
-    if cfg.evaluate.rank_classification and cfg.zero_stage == 3 and job.ranks.world > 1:
+    together = cfg.zero_stage == 3 or cfg.mesh.expert_parallel > 1
+    if cfg.evaluate.rank_classification and together and job.ranks.world > 1:
         raise GliderError(
-            "evaluate.rank_classification needs zero_stage=0: ranks have different numbers of choices"
+            "evaluate.rank_classification needs zero_stage=0 and mesh.expert_parallel=1: ranks have different "
+            "numbers of choices"
         )
     tasks = job.tasks.all
     lacking = [task.name for task in job.tasks.held_in if task.name not in pool]
@@ -74,12 +78,12 @@ def report(job: Job, results: list[RouterResult]) -> str:
 
 
 def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str], rows: Path, key: str) -> None:
-    strategies = [strategy_of(dataclasses.replace(job.cfg.router, kind=kind)) for kind in todo]
-    needs_index = any(strategy.uses_global for strategy in strategies)
-    needs_gates = any(strategy.local == "gate" for strategy in strategies)
+    routers = [dataclasses.replace(job.cfg.router, kind=kind) for kind in todo]
+    needs_index = any(needs_scores(router) for router in routers)
+    needs_gates = any(strategy_of(router).local == "gate" for router in routers)
     router = global_router(job, pool) if needs_index else None
     first = dataclasses.replace(job.cfg.router, kind="phatgoose" if needs_gates else "base")
-    model = attach_pool(job.frozen.model, pool, first)
+    model = job.attach(pool, first)
     try:
         for kind in progress(todo, desc="routers", enabled=job.ranks.is_main):
             result, routing = evaluate_router(job, pool, kind, queries, router)

@@ -11,9 +11,9 @@ from glider_dist.errors import GliderError
 from glider_dist.evaluation.queries import QueryRunner
 from glider_dist.evaluation.routers import router_scope
 from glider_dist.job import Job
-from glider_dist.model.attach import attach_pool, detach, routing_stats
+from glider_dist.model.attach import detach, routing_stats
 from glider_dist.pool import ExpertPool
-from glider_dist.routing.strategies import STRATEGIES
+from glider_dist.routing.strategies import check_router, needs_scores
 from glider_dist.semantics.global_router import global_router
 
 
@@ -42,18 +42,16 @@ def predict(job: Job, pool: ExpertPool, text: str) -> Prediction:
     """
     if not text.strip():
         raise GliderError("there is no text to answer")
-    kind = job.cfg.router.kind
-    strategy = STRATEGIES[kind]
-    if strategy.static == "assigned":
+    if check_router(job.cfg.router, len(pool)).static == "assigned":
         raise GliderError("router.kind=oracle needs to know the query's task; choose another router for predict")
     instruction, prompt = split_text(text)
     similarity = None
-    if strategy.uses_global:
+    if needs_scores(job.cfg.router):
         similarity = global_router(job, pool).similarity([instruction])
-    model = attach_pool(job.frozen.model, pool, job.cfg.router)
+    model = job.attach(pool, job.cfg.router)
     try:
         runner = QueryRunner(job.frozen, job.collator, 1)
-        scope = router_scope(model, kind, similarity, None)
+        scope = router_scope(model, job.cfg.router, similarity, None)
         answer = runner.answers([job.collator.encode(prompt)], job.cfg.evaluate.max_new_tokens, scope)[0]
         total = torch.zeros(len(pool))
         for counts in routing_stats(model).values():

@@ -123,7 +123,7 @@ class QueryRunner:
             min_new_tokens=max_new_tokens if same_length else None,
             pad_token_id=self.collator.pad,
             eos_token_id=tokenizer.eos_token_id,
-            synced_gpus=self.frozen.sharded,
+            synced_gpus=self.frozen.lockstep,
         )
         new = ids if self.collator.seq2seq else ids[:, inputs["input_ids"].shape[1] :]
         return list(tokenizer.batch_decode(new, skip_special_tokens=True))

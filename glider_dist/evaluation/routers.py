@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -25,34 +24,35 @@ from glider_dist.model.attach import (
     set_router,
 )
 from glider_dist.pool import ExpertPool
-from glider_dist.routing.strategies import STRATEGIES
+from glider_dist.routing.strategies import needs_scores, strategy_of
 from glider_dist.semantics.global_router import Ahead, GlobalRouter
 
 HINDSIGHT_QUERIES = 16
 
 
 def router_scope(
-    model: Any, kind: str, similarity: torch.Tensor | Ahead | None, experts: torch.Tensor | None
+    model: Any, router: RouterConfig, similarity: torch.Tensor | Ahead | None, experts: torch.Tensor | None
 ) -> Scope:
     """The context of a batch under a router: its similarities, or its assigned experts, or nothing.
 
     Args:
-        similarity: ``[queries, E]``, needed by strategies with a global part.
+        similarity: ``[queries, E]``, needed where :func:`needs_scores` says so.
         experts: ``[queries]``, needed by the oracle.
     """
-    strategy = STRATEGIES[kind]
+    if needs_scores(router):
+        assert similarity is not None
+        cosines = similarity if isinstance(similarity, Ahead) else _row_at_least(similarity)
+        return lambda chosen: query_scores(model, cosines[list(chosen)])
+    if strategy_of(router).static == "assigned":
+        assert experts is not None
+        ids = _row_at_least(experts)
+        return lambda chosen: assign_experts(model, ids[list(chosen)])
+    return no_scope
 
-    def scope(chosen: Sequence[int]) -> AbstractContextManager[Any]:
-        index = torch.tensor(list(chosen))
-        if strategy.uses_global:
-            assert similarity is not None
-            return query_scores(model, similarity[index])
-        if strategy.static == "assigned":
-            assert experts is not None
-            return assign_experts(model, experts[index])
-        return no_scope(chosen)
 
-    return scope
+def _row_at_least(rows: torch.Tensor) -> torch.Tensor:
+    """A rank without queries keeps in step with the others by a dummy query, which needs a row, too."""
+    return rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
 
 
 def evaluate_router(
@@ -64,25 +64,26 @@ def evaluate_router(
         The result (the same on every rank), and what the routers did: tokens per expert over all sites.
     """
     model, cfg = job.frozen.model, job.cfg
-    set_router(model, replace(cfg.router, kind=kind), pool)
+    used = replace(cfg.router, kind=kind)
+    set_router(model, used, pool)
     reset_routing_stats(model)
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
     experts = hindsight_experts(job, queries, runner, len(pool)) if kind == "oracle" else None
     mine = list(range(job.ranks.rank, len(queries), job.ranks.world))
-    if router is not None and STRATEGIES[kind].uses_global:
+    if router is not None and needs_scores(used):
         # Loading the embedder is not part of a query's time.
         router.embedder.embed(["warm up"])
     job.ranks.barrier()
     started = time.perf_counter()
     similarity, before = None, {}
-    if STRATEGIES[kind].uses_global:
+    if needs_scores(used):
         if router is None:
             raise GliderError(f"router {kind!r} needs the index of the pool; run index first")
         before = dict(router.seconds)
         batches = list(runner.batches([queries[i].encoded for i in mine]))
         similarity = Ahead(router, [queries[i].instruction for i in mine], batches)
     own = experts[mine] if experts is not None else None
-    scope = router_scope(model, kind, similarity, own)
+    scope = router_scope(model, used, similarity, own)
     texts = runner.answers([queries[i].encoded for i in mine], cfg.evaluate.max_new_tokens, scope)
     seconds = max(job.ranks.gather(time.perf_counter() - started))
     choices: list[int | None] = [None] * len(mine)

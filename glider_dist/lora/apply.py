@@ -34,16 +34,23 @@ class Plan:
     counts: torch.Tensor
 
 
-def plan_rows(route: Route, num_experts: int) -> Plan:
-    """Sort the route's rows by expert. No host sync, except for a ragged route (top-p), whose unused places go."""
+def plan_rows(route: Route, num_experts: int, rows: int | None = None) -> Plan:
+    """Sort the route's rows by expert.
+
+    Args:
+        rows: how many places of a ragged route are used, if the host knows. There is no host sync, except for a
+            ragged route (top-p) of which it does not.
+    """
     ids_R = route.expert_ids.flatten()
     weight_R = route.weights.flatten()
     top_k = route.expert_ids.shape[1]
-    if route.ragged:
+    if not route.ragged:
+        order = ids_R.argsort(stable=True)
+    elif rows is None:
         used = (ids_R >= 0).nonzero().squeeze(1)
         order = used[ids_R[used].argsort(stable=True)]
     else:
-        order = ids_R.argsort(stable=True)
+        order = ids_R.masked_fill(ids_R < 0, num_experts).argsort(stable=True)[:rows]
     expert_R = ids_R[order]
     # The rows are sorted, so a search finds where each expert's end: no counting pass, no host sync.
     ends_E = torch.searchsorted(expert_R, torch.arange(num_experts, device=ids_R.device), right=True)
@@ -52,17 +59,37 @@ def plan_rows(route: Route, num_experts: int) -> Plan:
     return Plan(order // top_k, weight_R[order], expert_R, ends_E, counts_E)
 
 
-def pad_groups(plan: Plan, multiple: int = 64) -> Plan:
+def for_cpu(plan: Plan, bank: SiteBank, dtype: torch.dtype) -> tuple[Plan, SiteBank]:
+    """The same rows and experts in the form in which a CPU computes them fastest.
+
+    Every group costs about 1 µs there even without rows: if experts far outnumber the rows, those without rows are
+    left out. In half precision oneDNN compiles a kernel for every new number of rows, which takes longer than the
+    product itself: group sizes are rounded up, so that they recur.
+    """
+    experts, rows = bank.num_experts, plan.token.shape[0]
+    if rows < experts // 2:
+        active = plan.expert.unique_consecutive()
+        bank = bank.select(active)
+        ends = torch.searchsorted(plan.expert, active, right=True)
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        place = torch.searchsorted(active, plan.expert)
+        plan = Plan(plan.token, plan.weight, place, ends.to(torch.int32), counts)
+    if dtype in (torch.bfloat16, torch.float16):
+        mean = rows // max(bank.num_experts, 1)
+        plan = pad_groups(plan, 64 if mean >= 32 else 16 if mean >= 4 else 4)
+    return plan, bank
+
+
+def pad_groups(plan: Plan, multiple: int) -> Plan:
     """Lengthen each expert's rows to a multiple, with rows of weight 0 on token 0 that add nothing.
 
-    For CPUs only: oneDNN compiles a kernel for every new number of rows, which takes longer than the product
-    itself, and group sizes are new at each layer. Rounded sizes recur. Costs a host sync on a GPU.
+    Costs a host sync on a GPU.
     """
     padded_E = (plan.counts + multiple - 1) // multiple * multiple
     ends_E = padded_E.cumsum(0)
     shift_E = (ends_E - padded_E) - (plan.counts.cumsum(0) - plan.counts)
     slot_R = torch.arange(plan.token.shape[0], device=plan.token.device) + shift_E[plan.expert]
-    rows = int(ends_E[-1])
+    rows = int(ends_E[-1]) if len(ends_E) else 0
     experts = torch.arange(len(padded_E), device=plan.token.device)
     return Plan(
         plan.token.new_zeros(rows).index_copy(0, slot_R, plan.token),
@@ -71,6 +98,16 @@ def pad_groups(plan: Plan, multiple: int = 64) -> Plan:
         ends_E.to(torch.int32),
         plan.counts,
     )
+
+
+def _row_outputs(x_Td: torch.Tensor, bank: SiteBank, plan: Plan, at_R: torch.Tensor) -> torch.Tensor:
+    """``w s B A x`` of each planned row; ``[R, o]``."""
+    x_Rd = x_Td.index_select(0, at_R)
+    h_Rr = grouped_product(x_Rd, bank.A.to(x_Rd.dtype).transpose(1, 2), plan.ends)
+    # The weight is applied in rank space, in fp32: r numbers a row instead of o.
+    factor_R = plan.weight * bank.scale.to(plan.weight.dtype)[plan.expert]
+    h_Rr = (h_Rr.to(factor_R.dtype) * factor_R[:, None]).to(x_Rd.dtype)
+    return grouped_product(h_Rr, bank.B.to(h_Rr.dtype), plan.ends)
 
 
 def add_experts(
@@ -88,13 +125,28 @@ def add_experts(
     Returns:
         ``[T, o]`` in the dtype of ``y_To``.
     """
+    if x_Td.device.type == "cpu":
+        plan, bank = for_cpu(plan, bank, x_Td.dtype)
     at_R = plan.token if tokens is None else tokens[plan.token]
-    x_Rd = x_Td.index_select(0, at_R)
-    h_Rr = grouped_product(x_Rd, bank.A.to(x_Rd.dtype).transpose(1, 2), plan.ends)
-    # The weight is applied in rank space, in fp32: r numbers a row instead of o.
-    factor_R = plan.weight * bank.scale.to(plan.weight.dtype)[plan.expert]
-    h_Rr = (h_Rr.to(factor_R.dtype) * factor_R[:, None]).to(x_Rd.dtype)
-    return y_To.index_add(0, at_R, grouped_product(h_Rr, bank.B.to(h_Rr.dtype), plan.ends).to(y_To.dtype))
+    return y_To.index_add(0, at_R, _row_outputs(x_Td, bank, plan, at_R).to(y_To.dtype))
+
+
+def sum_experts(x_Td: torch.Tensor, bank: SiteBank, route: Route, rows: int | None = None) -> torch.Tensor:
+    """``Σ_k w_k s B_k A_k x`` for a bank that is a part of the pool; the route's ids are positions in the bank.
+
+    Args:
+        rows: see :func:`plan_rows`.
+
+    Returns:
+        ``[T, o]`` fp32 (fp64 for fp64 inputs), summed in order of the bank's experts.
+    """
+    out_To = route.weights.new_zeros(x_Td.shape[0], bank.B.shape[2])
+    if is_small(x_Td.shape[0], bank):
+        return add_all_experts(out_To, x_Td, bank, route, None)
+    plan = plan_rows(route, bank.num_experts, rows)
+    if x_Td.device.type == "cpu":
+        plan, bank = for_cpu(plan, bank, x_Td.dtype)
+    return out_To.index_add(0, plan.token, _row_outputs(x_Td, bank, plan, plan.token).to(out_To.dtype))
 
 
 def is_small(tokens: int, bank: SiteBank) -> bool:
@@ -103,7 +155,7 @@ def is_small(tokens: int, bank: SiteBank) -> bool:
     So it is while decoding over a small pool: on a CPU a product costs about 20 µs to start, whatever its size,
     and 2 E of them outweigh the idle experts' arithmetic up to about these sizes (``bench evaluate``).
     """
-    return tokens <= 192 and bank.A.shape[0] * bank.A.shape[1] <= 320
+    return tokens <= 192 and 0 < bank.A.shape[0] * bank.A.shape[1] <= 320
 
 
 def add_all_experts(
@@ -120,7 +172,7 @@ def add_all_experts(
     h_tR = (h_tEr.to(factor_tE.dtype) * factor_tE[:, :, None]).to(x_td.dtype).flatten(1)
     b_Ro = bank.B.to(h_tR.dtype).flatten(0, 1)
     if tokens is None:
-        return torch.addmm(y_To, h_tR, b_Ro)
+        return torch.addmm(y_To, h_tR, b_Ro) if y_To.dtype == h_tR.dtype else y_To + h_tR @ b_Ro
     return y_To.index_add(0, tokens, (h_tR @ b_Ro).to(y_To.dtype))
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -36,9 +38,12 @@ class SiteBank:
     ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self.all_eligible = bool(self.eligible.all())
         if not self.ranks:
             self.ranks = tuple(self.A.shape[1] if adapted else 0 for adapted in self.eligible.tolist())
+
+    @cached_property
+    def all_eligible(self) -> bool:
+        return bool(self.eligible.all())
 
     @property
     def num_experts(self) -> int:
@@ -53,21 +58,34 @@ class SiteBank:
             eligible=self.eligible.to(device),
         )
 
+    def select(self, experts: torch.Tensor) -> SiteBank:
+        """The experts at the given positions, int64, for computing; differentiable, without a host sync."""
+        part = copy(self)
+        part.A, part.B = self.A.index_select(0, experts), self.B.index_select(0, experts)
+        part.scale, part.eligible = self.scale[experts], self.eligible[experts]
+        return part
+
     def nbytes(self) -> int:
         return self.A.nbytes + self.B.nbytes
 
 
-def stack_site(loras: list[SiteLora | None], shape: tuple[int, int], dtype: torch.dtype) -> SiteBank:
+def padded_rank(rank: int) -> int:
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+def stack_site(
+    loras: list[SiteLora | None], shape: tuple[int, int], dtype: torch.dtype, rank: int | None = None
+) -> SiteBank:
     """Stack one site of E experts; None where an expert does not adapt it.
 
     Args:
         loras: one entry per expert, in the pool's order.
         shape: ``(d_out, d_in)`` of the site.
         dtype: dtype of the stacked weights.
+        rank: the largest rank of the site, if other experts of the pool have a larger one.
     """
     d_out, d_in = shape
-    rank = max((lora.A.shape[0] for lora in loras if lora is not None), default=1)
-    rank = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+    rank = padded_rank(rank or max((lora.A.shape[0] for lora in loras if lora is not None), default=1))
     a_Erd = torch.zeros(len(loras), rank, d_in, dtype=dtype)
     b_Ero = torch.zeros(len(loras), rank, d_out, dtype=dtype)
     scale = torch.zeros(len(loras))
@@ -77,7 +95,9 @@ def stack_site(loras: list[SiteLora | None], shape: tuple[int, int], dtype: torc
             b_Ero[index, : lora.B.shape[1]] = lora.B.t()
             scale[index] = lora.scale
     ranks = tuple(0 if lora is None else lora.A.shape[0] for lora in loras)
-    return SiteBank(a_Erd, b_Ero, scale, torch.tensor([lora is not None for lora in loras]), ranks)
+    return SiteBank(
+        a_Erd, b_Ero, scale, torch.tensor([lora is not None for lora in loras], dtype=torch.bool), ranks
+    )
 
 
 def initial_site(

@@ -23,8 +23,11 @@ def grouped_product(x_Ri: torch.Tensor, w_Eio: torch.Tensor, ends_E: torch.Tenso
     Returns:
         ``[R, o]`` in the dtype of ``x_Ri``.
     """
+    if not x_Ri.shape[0]:
+        # A product of no rows, so that the stacked parameter stays in the graph (a gradient of zeros, not None).
+        return x_Ri @ (w_Eio[0] if len(w_Eio) else w_Eio.sum(0))
     aligned = all(width * x_Ri.element_size() % 16 == 0 for width in w_Eio.shape[1:])
-    if aligned and x_Ri.dtype in (torch.float32, torch.bfloat16, torch.float16) and x_Ri.shape[0] > 0:
+    if aligned and x_Ri.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return F.grouped_mm(x_Ri, w_Eio, offs=ends_E)
     ends = ends_E.tolist()
     starts = [0, *ends[:-1]]

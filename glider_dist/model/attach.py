@@ -13,14 +13,20 @@ from torch import nn
 
 from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
-from glider_dist.lora.bank import SiteBank, stack_site
+from glider_dist.lora.bank import SiteBank
 from glider_dist.model.context import RoutingContext
+from glider_dist.model.loading import load_banks, load_part
 from glider_dist.model.routed import RoutedLinear
 from glider_dist.model.sites import device_of, fingerprint, linear_sites
 from glider_dist.model.stored import cached_arrow_prototypes, read_activations
+from glider_dist.parallel.cost import Costs
+from glider_dist.parallel.dispatch import DISPATCHES, Dispatch
+from glider_dist.parallel.guards import check_replicas, check_same_pool
+from glider_dist.parallel.mesh import Mesh, gather_rows
+from glider_dist.parallel.placement import Placement, contiguous
+from glider_dist.parallel.probe import measure_costs
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json
-from glider_dist.pool.fingerprint import check_gate, check_sites
 from glider_dist.routing.strategies import check_router, resolved
 
 log = logging.getLogger(__name__)
@@ -31,15 +37,27 @@ def attach_pool(
     model: nn.Module,
     pool: ExpertPool,
     router: RouterConfig | None = None,
+    mesh: Mesh | None = None,
+    dispatch: str = "auto",
     dtype: torch.dtype | None = None,
+    placement: Placement | None = None,
+    costs: Costs | None = None,
+    cache_bytes: int = 1 << 30,
 ) -> nn.Module:
     """Route a Hugging Face model through the experts of a pool; the model itself is changed and returned.
 
     Args:
         model: any causal or encoder-decoder model, already on its device.
-        pool: the experts; all of them are loaded to the model's device.
+        pool: the experts; those that this rank owns (all of them without a mesh) are loaded to the model's device.
         router: strategy and its settings; None is GLIDER. Settings left at None take the pool's calibration.
+        mesh: from :func:`glider_dist.init_mesh`; its expert-parallel groups share the experts, and their ranks
+            must then run the same number of forwards. None or an expert-parallel size of 1: this rank holds all.
+        dispatch: ``all_to_all`` (tokens travel), ``gather`` (experts travel), ``auto`` (the cheaper one at each
+            exchange), or ``local`` (this rank holds all experts, or ``router.shortlist`` bounds what it fetches).
         dtype: dtype of the experts; None takes the model's.
+        placement: which rank owns which expert; None is equal shares in the pool's order.
+        costs: constants for ``auto``; None measures them (about a second).
+        cache_bytes: frozen experts of other ranks that are kept, at most.
 
     Raises:
         GliderError: the pool was made for another base, is empty, lacks gates that the router needs, adapts a
@@ -57,16 +75,30 @@ def attach_pool(
             f"pool {pool.path}: expert {missing[0]!r} has no gate ({len(missing)} of {len(pool)} lack one); "
             f"run train-gates, or choose a router without gates such as router.kind=arrow"
         )
+    if dispatch not in DISPATCHES:
+        raise GliderError(f"dispatch={dispatch!r} is unknown; choose one of {', '.join(DISPATCHES)}")
     pool.check_base(fingerprint(model))
     device = device_of(model)
-    banks, gates = load_banks(model, pool, dtype or _float_dtype(model), with_gates=not missing)
-    banks = {site: bank.to(device, bank.A.dtype) for site, bank in banks.items()}
-    gates = {site: gate.to(device) for site, gate in gates.items()}
-    context = install(model, pool.names, banks, gates)
-    context.prototypes.stored = {
-        "arrow": partial(cached_arrow_prototypes, pool, banks),
-        "activation": partial(read_activations, pool, banks),
-    }
+    dtype = dtype or _float_dtype(model)
+    if mesh is None or mesh.expert_parallel == 1:
+        banks, gates = load_banks(model, pool, dtype, with_gates=not missing)
+        banks = {site: bank.to(device, dtype) for site, bank in banks.items()}
+        gates = {site: gate.to(device) for site, gate in gates.items()}
+        context = install(model, pool.names, banks, gates)
+        context.prototypes.stored = {
+            "arrow": partial(cached_arrow_prototypes, pool, banks),
+            "activation": partial(read_activations, pool, banks),
+        }
+    else:
+        if dispatch == "local" and router.shortlist is None:
+            raise GliderError(
+                "dispatch=local needs every expert on each rank: use mesh.expert_parallel=1, or bound with "
+                "router.shortlist what is fetched"
+            )
+        placed = placement or contiguous(pool.names, mesh.expert_parallel)
+        context = _install_part(
+            model, pool, dtype, device, mesh, placed, dispatch, costs, cache_bytes, not missing
+        )
     try:
         set_router(model, router, pool)
     except GliderError:
@@ -75,41 +107,21 @@ def attach_pool(
     return model
 
 
-def load_banks(
-    model: nn.Module, pool: ExpertPool, dtype: torch.dtype, with_gates: bool
-) -> tuple[dict[str, SiteBank], dict[str, torch.Tensor]]:
-    """Read every expert and stack it per site, on the CPU.
-
-    Returns:
-        ``{site: SiteBank}`` in ``dtype``, and ``{site: [E, d_in]}`` fp32 raw gates (zeros where an expert does
-        not adapt the site); gates are empty unless ``with_gates``.
-    """
-    known = {name: site.shape for name, site in linear_sites(model).items()}
-    weights, gates = [], []
-    for expert in pool.experts():
-        loras = expert.weights()
-        shapes = {site: (lora.B.shape[0], lora.A.shape[1]) for site, lora in loras.items()}
-        check_sites(expert.name, shapes, known)
-        weights.append(loras)
-        if with_gates:
-            gate = expert.gate()
-            check_gate(expert.name, gate, shapes)
-            gates.append(gate)
-    used = [site for site in known if any(site in loras for loras in weights)]
-    banks = {site: stack_site([loras.get(site) for loras in weights], known[site], dtype) for site in used}
-    gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    stacked = {}
-    for site in used if with_gates else ():
-        zero = torch.zeros(known[site][1])
-        stacked[site] = torch.stack([gate.get(site, zero) for gate in gates]).to(gate_dtype)
-    return banks, stacked
-
-
 def install(
-    model: nn.Module, names: tuple[str, ...], banks: dict[str, SiteBank], gates: dict[str, torch.Tensor]
+    model: nn.Module,
+    names: tuple[str, ...],
+    banks: dict[str, SiteBank],
+    gates: dict[str, torch.Tensor],
+    dispatch: Dispatch | None = None,
+    eligible: dict[str, torch.Tensor] | None = None,
 ) -> RoutingContext:
-    """Wrap the sites of ``banks`` and hang their context on the model."""
-    context = RoutingContext(model, names, banks, gates)
+    """Wrap the sites of ``banks`` and hang their context on the model.
+
+    Args:
+        dispatch: how to reach the experts of other ranks; None if ``banks`` hold all of ``names``.
+        eligible: ``{site: [E] bool}`` which of all experts adapt the site; by default what the banks say.
+    """
+    context = RoutingContext(model, names, banks, gates, dispatch, eligible)
     sites = linear_sites(model)
     for name in banks:
         parent, _, leaf = name.rpartition(".")
@@ -117,6 +129,37 @@ def install(
         routed = RoutedLinear(module, name, context.stacks.stack_of(module), context)
         setattr(model.get_submodule(parent), leaf, routed)
     model.__dict__[_CONTEXT] = context
+    return context
+
+
+def _install_part(
+    model: nn.Module,
+    pool: ExpertPool,
+    dtype: torch.dtype,
+    device: torch.device,
+    mesh: Mesh,
+    placement: Placement,
+    dispatch: str,
+    costs: Costs | None,
+    cache_bytes: int,
+    with_gates: bool,
+) -> RoutingContext:
+    """Load the experts that this rank owns, and install the way to the others."""
+    check_same_pool(mesh, pool, placement)
+    part = load_part(model, pool, dtype, with_gates, mesh, placement)
+    banks = {site: bank.to(device, dtype) for site, bank in part.banks.items()}
+    check_replicas(mesh, placement, banks)
+    way = "auto" if dispatch == "local" else dispatch
+    if costs is None and way == "auto" and not torch.are_deterministic_algorithms_enabled():
+        costs = measure_costs(mesh, device)
+    scales = {site: scale.to(device) for site, scale in part.scales.items()}
+    made = Dispatch(mesh, placement, way, scales, device, costs, cache_bytes)
+    gates = {site: gate.to(device) for site, gate in part.gates.items()}
+    eligible = {site: mask.to(device) for site, mask in part.eligible.items()}
+    context = install(model, pool.names, banks, gates, made, eligible)
+    owned = placement.owned(mesh.expert_rank)
+    arrow = partial(cached_arrow_prototypes, pool, banks, owned)
+    context.prototypes.stored = {"arrow": lambda: gather_rows(arrow(), mesh, placement)}
     return context
 
 

@@ -7,7 +7,8 @@ and its state dict never see the experts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,15 +16,19 @@ from torch import nn
 
 from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
+from glider_dist.lora.apply import count_rows
 from glider_dist.lora.bank import SiteBank
 from glider_dist.lora.lag import delta_norms
 from glider_dist.lora.merge import merge_banks, subtract_general
 from glider_dist.model.prototypes import Prototypes
+from glider_dist.model.shared import SharedInputs
 from glider_dist.model.tokens import Stacks, Tokens
+from glider_dist.parallel.dispatch import Dispatch
+from glider_dist.parallel.exchange import in_backward
 from glider_dist.routing.combine import global_bias, shortlist
 from glider_dist.routing.local import at_least_fp32, normalised
 from glider_dist.routing.route import Route
-from glider_dist.routing.strategies import STRATEGIES, Strategy, check_router, route_tokens
+from glider_dist.routing.strategies import STRATEGIES, Strategy, check_router, check_shared, route_tokens
 
 
 class RoutingContext:
@@ -31,12 +36,14 @@ class RoutingContext:
 
     Attributes:
         names: the experts' names, in the order of their ids.
-        banks: ``{site: SiteBank}``.
+        banks: ``{site: SiteBank}`` of the experts that this rank holds.
         gates: ``{site: [E, d_in]}`` fp32 raw gate vectors; empty if the pool has none.
         stacks: the tokens of the running forward.
         gated: weight assigned experts with ``σ(v·u)`` (gate training).
         counts: ``{site: [E]}`` tokens per expert since the last reset.
         prototypes: what local scores compare tokens with.
+        dispatch: how tokens and experts of other ranks meet; None if this rank holds every expert.
+        shared: sites that read the same input, which share an exchange.
     """
 
     def __init__(
@@ -45,12 +52,20 @@ class RoutingContext:
         names: tuple[str, ...],
         banks: dict[str, SiteBank],
         gates: dict[str, torch.Tensor],
+        dispatch: Dispatch | None = None,
+        eligible: dict[str, torch.Tensor] | None = None,
     ):
         self.names = names
         self.banks = banks
         self.gates = gates
         self.prototypes = Prototypes(gates)
         self.stacks = Stacks(model)
+        self.dispatch = dispatch
+        self.shared = SharedInputs()
+        self._eligible = {site: mask for site, mask in (eligible or {}).items() if not bool(mask.all())}
+        if eligible is None:
+            self._eligible = {site: bank.eligible for site, bank in banks.items() if not bank.all_eligible}
+        self._brought: tuple[torch.Tensor, dict[str, SiteBank]] | None = None
         self.gated = False
         self.counts: dict[str, torch.Tensor] = {}
         self.router = RouterConfig(kind="base")
@@ -71,6 +86,8 @@ class RoutingContext:
                 top_k exceeds the pool, or the experts' ranks differ where they may not.
         """
         strategy = check_router(router, len(self.names))
+        if self.dispatch is not None:
+            check_shared(router)
         if strategy.local == "gate" and not self.gates:
             raise GliderError(
                 f"router {router.kind!r} needs a gate for every expert, but the pool has none or lacks some; "
@@ -88,7 +105,7 @@ class RoutingContext:
                 self.prototypes.load_activations(self.banks)
         self.router, self.strategy = router, strategy
         self._general, self._active = chosen, active
-        self._bias_BE = None
+        self._bias_BE = self._brought = None
 
     def _banks_for(
         self, strategy: Strategy, router: RouterConfig, general: tuple[int, ...]
@@ -110,7 +127,8 @@ class RoutingContext:
     @property
     def always_on(self) -> bool:
         """True if a bank of one expert serves every token, so that nothing need be routed."""
-        return self.strategy.merges or (self._assigned_B is not None and len(self.names) == 1)
+        one = self._assigned_B is not None and len(self.names) == 1 and self.dispatch is None
+        return self.strategy.merges or one
 
     def bank(self, site: str) -> SiteBank | None:
         """The experts to compute at this site now, or None for the base alone."""
@@ -118,6 +136,8 @@ class RoutingContext:
             return self.banks[site]
         if self.strategy.static == "none":
             return None
+        if self._brought is not None:
+            return self._brought[1][site]
         if self.strategy.static == "assigned":
             raise GliderError(
                 "router 'oracle' needs to be told: use glider_dist.assign_experts(model, expert_ids)"
@@ -143,11 +163,47 @@ class RoutingContext:
         if router.alpha_in is None or router.alpha_out is None or router.threshold is None:
             raise GliderError("the router's alpha_in, alpha_out and threshold are not set")
         self._bias_BE = global_bias(similarity_BE, router.alpha_in, router.alpha_out, router.threshold)
-        self._excludes = bool(similarity_BE.isneginf().any())
+        # Experts that are excluded take no place where enough others remain; then no place is unused.
+        left_B = (~similarity_BE.isneginf()).sum(1)
+        self._excludes = bool((left_B < (router.top_k if router.top_p is None else len(self.names))).any())
+        brought = self._brought
         try:
+            if self.dispatch is not None and self._lists():
+                wanted_E = (~similarity_BE.isneginf()).any(0)
+                self._brought = self.dispatch.bring(wanted_E, self.banks)
             yield
         finally:
             self._bias_BE, self._excludes = before
+            self._brought = brought
+
+    def _lists(self) -> bool:
+        """Whether shortlists bound what the next forwards need of other ranks' experts."""
+        assert self.dispatch is not None
+        bounded = self.router.shortlist is not None and self.strategy.uses_global
+        return bounded and self.dispatch.strategy == "auto" and not self._trains()
+
+    def _trains(self) -> bool:
+        return torch.is_grad_enabled() and any(bank.A.requires_grad for bank in self.banks.values())
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether the layers exchange tokens or experts with other ranks now."""
+        return self.dispatch is not None and (self._brought is None or self._assigned_B is not None)
+
+    def exchange(self, stack: str, sites: Sequence[str], x: torch.Tensor) -> list[torch.Tensor]:
+        """What all ranks' experts add at each of the sites that read ``x``; ``[T, d_out]`` for T real tokens."""
+        assert self.dispatch is not None
+        tokens = self.stacks.tokens_of(stack, x)
+        x_Td = x.reshape(-1, x.shape[-1])
+        x_Td = x_Td if tokens.keep is None else x_Td.index_select(0, tokens.keep)
+        routes = [self.route(site, x, tokens, self.banks[site]) for site in sites]
+        for site, route in zip(sites, routes, strict=True):
+            self.count(site, count_rows(route, len(self.names)))
+        return self.dispatch(x_Td, sites, routes, [self.banks[site] for site in sites])
+
+    def local_ids(self, route: Route) -> Route:
+        """The route with positions in this forward's banks, if those are a part of the pool."""
+        return route if self._brought is None else replace(route, expert_ids=self._brought[0][route.expert_ids])
 
     @contextlib.contextmanager
     def assigned(self, expert_B: torch.Tensor) -> Iterator[None]:
@@ -179,7 +235,7 @@ class RoutingContext:
             normalised_Td = self._normalised(x, x_Td, tokens)
         elif tokens.keep is not None:
             kept_Td = x_Td[tokens.keep]
-        eligible = None if bank.all_eligible else bank.eligible
+        eligible = self._eligible.get(site)
         prototypes = norms = None
         if self.strategy.local is not None:
             prototypes = self.prototypes.of(self.strategy.local, site, bank, self._general)
@@ -197,7 +253,7 @@ class RoutingContext:
 
     def count(self, site: str, counts_E: torch.Tensor) -> None:
         # Not again when activations are recomputed in a backward pass.
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             self.counts[site] = self.counts[site] + counts_E if site in self.counts else counts_E
 
     def _normalised(self, x: torch.Tensor, x_Td: torch.Tensor, tokens: Tokens) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The frozen base in a DeepSpeed engine: replicated on every rank, or sharded over the ranks by ZeRO 3.
 
-There is no optimizer: experts live outside the engine's module tree and train by themselves. Under ZeRO 3 every
-forward and backward is a collective, so all ranks must run the same number of each in the same order; ``turn``
-makes them agree before each one, and a rank without work runs a dummy.
+There is no optimizer: experts live outside the engine's module tree and train by themselves. Under ZeRO 3, and
+where ranks share the experts, a forward is a collective, so all ranks must run the same number in the same order;
+``turn`` makes them agree before each one, and a rank without work runs a dummy.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ class FrozenBase:
     Attributes:
         model: the Hugging Face model to call (not the engine, which refuses a backward without an optimizer).
         sharded: True under ZeRO 3.
+        lockstep: True if forwards are collectives: under ZeRO 3, and where ranks share the experts.
     """
 
-    def __init__(self, base: BaseModel, ranks: Ranks, zero_stage: int):
+    def __init__(self, base: BaseModel, ranks: Ranks, zero_stage: int, expert_parallel: int = 1):
         self.model: Any = base.model
         self.ranks = ranks
         self.sharded = zero_stage == 3 and ranks.world > 1
+        self.lockstep = self.sharded or expert_parallel > 1
         self.nbytes = sum(p.nbytes for p in self.model.parameters())
         if ranks.world > 1:
             self.engine = _engine(self.model, zero_stage, base.dtype)
 
     def turn(self, kind: int) -> int:
         """What all ranks run now: the largest kind any of them asks for. Free of cost when replicated."""
-        if not self.sharded:
+        if not self.lockstep:
             return kind
-        if kind == GENERATE and self.nbytes > _GENERATE_LIMIT_BYTES:
+        if kind == GENERATE and self.sharded and self.nbytes > _GENERATE_LIMIT_BYTES:
             raise GliderError(
                 f"generation under ZeRO 3 gathers the whole base ({self.nbytes / 2**30:.1f} GiB) for every token; "
                 "use zero_stage=0, a quantised base, or rank classification"
@@ -63,7 +65,8 @@ class FrozenBase:
             dummy(kind)
 
 
-def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
+def import_deepspeed() -> Any:
+    """The module, told not to compile anything at start-up, and quiet."""
     import deepspeed
 
     # Its shared-memory all-reduce is compiled at start-up (a minute, and a killed build leaves a lock on which
@@ -71,6 +74,12 @@ def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
     compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
     if "deepspeed_shm_comm" in compatible:
         compatible["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
+    deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist.get_backend(), verbose=False)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -78,7 +87,6 @@ def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 1_000_000_000,
     }
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # The bf16 wrapper prints a memory report for an optimizer that does not exist here.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, config=config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from glider_dist.lora.apply import (
     add_single_expert,
     count_rows,
     is_small,
-    pad_groups,
     plan_rows,
 )
 from glider_dist.model.context import RoutingContext
@@ -48,13 +48,15 @@ class RoutedLinear(nn.Module):
         if bank.num_experts == 1 and context.always_on:
             weight = context.gate_weight(self.site, x_Td) if context.gated else None
             return add_single_expert(y_To, x_Td, bank, weight).view_as(y)
+        if context.exchanges:
+            delta_to = context.shared.delta(self.site, x, partial(context.exchange, self.stack)).to(y.dtype)
+            keep = context.stacks.tokens_of(self.stack, x).keep
+            return (y_To + delta_to if keep is None else y_To.index_add(0, keep, delta_to)).view_as(y)
         tokens = context.stacks.tokens_of(self.stack, x)
         route = context.route(self.site, x, tokens, bank)
+        context.count(self.site, count_rows(route, len(context.names)))
+        route = context.local_ids(route)
         if is_small(x_Td.shape[0], bank):
-            context.count(self.site, count_rows(route, bank.num_experts))
             return add_all_experts(y_To, x_Td, bank, route, tokens.keep).view_as(y)
         plan = plan_rows(route, bank.num_experts)
-        context.count(self.site, plan.counts)
-        if x.device.type == "cpu":
-            plan = pad_groups(plan)
         return add_experts(y_To, x_Td, bank, plan, tokens.keep).view_as(y)

@@ -11,6 +11,9 @@ from torch import nn
 from glider_dist.errors import GliderError
 from glider_dist.pool import Fingerprint
 
+# Names, at the top of a model or of its encoder or decoder, of what a task puts on top of a language model.
+_HEADS = frozenset(("lm_head", "cls", "classifier", "score", "qa_outputs", "classification_head", "embed_out"))
+
 
 @dataclass(frozen=True)
 class Site:
@@ -31,7 +34,8 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str, Site]:
-    """Every linear layer but the output head, in the model's order.
+    """Every linear layer in the model's order, without heads (the output head, as PEFT's "all-linear" leaves it
+    out, and those for classification) and poolers, whose output no token sees.
 
     Args:
         targets: keep the layers whose dotted name ends with one of these; empty or None keeps all.
@@ -44,7 +48,7 @@ def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str
     sites = {}
     for name, module in model.named_modules():
         shape = _shape(module)
-        if shape is not None and module is not head:
+        if shape is not None and module is not head and not _on_top(name):
             sites[name] = Site(name, module, shape)
     if not targets:
         return sites
@@ -55,6 +59,12 @@ def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str
                 f"lora.targets: no linear layer ends with {target!r}; the model has {', '.join(kinds)}"
             )
     return {name: site for name, site in sites.items() if any(_ends_with(name, target) for target in targets)}
+
+
+def _on_top(name: str) -> bool:
+    parts = name.split(".")
+    inner = parts[0] in ("encoder", "decoder") and len(parts) > 1
+    return "pooler" in parts or parts[1 if inner else 0] in _HEADS
 
 
 def _ends_with(name: str, target: str) -> bool:

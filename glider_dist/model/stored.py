@@ -9,6 +9,7 @@ Both are tied to the hash of the adapter they were made from, so that they never
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,19 +28,25 @@ log = logging.getLogger(__name__)
 ACTIVATION_FILE = "activation.safetensors"
 
 
-def cached_arrow_prototypes(pool: ExpertPool, banks: dict[str, SiteBank]) -> dict[str, torch.Tensor]:
+def cached_arrow_prototypes(
+    pool: ExpertPool, banks: dict[str, SiteBank], owned: Sequence[int] | None = None
+) -> dict[str, torch.Tensor]:
     """Arrow's prototypes of all experts: read from ``router/prototypes/arrow``, and written there where missing.
 
     One file per expert, named by the sha256 of its weights and by the dtype that the prototypes were made from, so
     that another adapter has another file. Files that nobody asks for stay where they are. A pool that cannot be
     written to serves as well.
 
+    Args:
+        owned: the pool's experts that the banks hold; None is all.
+
     Returns:
-        ``{site: [E, d]}`` on the experts' device.
+        ``{site: [E, d]}`` of these experts on their device.
     """
+    names = pool.names if owned is None else [pool.names[index] for index in owned]
     folder = pool.router_dir / "prototypes" / "arrow"
     kind = str(next(iter(banks.values())).A.dtype).removeprefix("torch.")
-    paths = [folder / f"{_weights_hash(expert)}-{kind}.safetensors" for expert in pool.experts()]
+    paths = [folder / f"{_weights_hash(expert)}-{kind}.safetensors" for expert in map(pool.expert, names)]
     found = [_read(path, banks, index) for index, path in enumerate(paths)]
     missing = [index for index, tensors in enumerate(found) if tensors is None]
     made = {}
@@ -51,12 +58,13 @@ def cached_arrow_prototypes(pool: ExpertPool, banks: dict[str, SiteBank]) -> dic
         try:
             write_tensors(paths[index], found[index] or {})
         except OSError as error:
-            log.debug("the prototypes of %s are not cached: %s", pool.names[index], error)
+            log.debug("the prototypes of %s are not cached: %s", names[index], error)
     result = {}
     for site, bank in banks.items():
         zero = torch.zeros(bank.A.shape[2])
         rows = [(tensors or {}).get(site, zero) for tensors in found]
-        result[site] = torch.stack([row.to(bank.A.device) for row in rows])
+        made_of = [row.to(bank.A.device) for row in rows]
+        result[site] = torch.stack(made_of) if made_of else bank.A.new_zeros(0, bank.A.shape[2], dtype=zero.dtype)
     return result
 
 

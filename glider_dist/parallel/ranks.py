@@ -133,9 +133,10 @@ def start_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> Ranks:
     else:
         target = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # The deepspeed launcher sets no thread count; two ranks on two cores would run four threads.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_world))
+        if "OMP_NUM_THREADS" not in os.environ:  # which torch has read
+            # The deepspeed launcher sets no thread count; two ranks on two cores would run four threads.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // local_world))
         _keep_memory()
     control = None
     if world > 1:

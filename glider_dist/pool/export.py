@@ -111,11 +111,14 @@ def _write_uniform(
     write_adapter(out, weights, float(rank), targets, base, str(config.get("task_type") or "CAUSAL_LM"))
 
 
-def export_vllm(pool: ExpertPool, out: Path, names: Sequence[str] = ()) -> Path:
+def export_vllm(pool: ExpertPool, out: Path, names: Sequence[str] = (), base: str | None = None) -> Path:
     """Copy experts to ``out/NAME`` and write ``out/vllm.sh``, which serves them with vLLM; returns the script.
 
     vLLM reads one rank and one scale per adapter and ignores rank_pattern and alpha_pattern; an expert with
     such patterns is rewritten with its scale in B and zeros up to its largest rank, which computes the same.
+
+    Args:
+        base: the folder or hub id that vLLM serves unless the script is given another; None is the pool's.
 
     Raises:
         GliderError: an expert's rank is larger than vLLM takes.
@@ -136,11 +139,13 @@ def export_vllm(pool: ExpertPool, out: Path, names: Sequence[str] = ()) -> Path:
     modules = " \\\n  ".join(shlex.quote(f"{expert.name}=") + f'"$here"/{expert.name}' for expert in experts)
     script = (
         "#!/bin/sh\n"
-        "# Usage: vllm.sh [BASE [vLLM options]]. A request names an expert as its model.\n"
-        f"base=${{1:-{shlex.quote(pool.base)}}}\n"
-        "[ $# -gt 0 ] && shift\n"
+        "# Usage: vllm.sh [BASE] [vLLM options]. A request names an expert as its model.\n"
+        f"base={shlex.quote(base or pool.base)}\n"
+        'case "${1:--}" in -*) ;; *) base=$1; shift ;; esac\n'
         'here=$(cd "$(dirname "$0")" && pwd)\n'
-        f'exec vllm serve "$base" --enable-lora --max-lora-rank {rank} --lora-modules \\\n  {modules} \\\n  "$@"\n'
+        # One batch can hold as many adapters as --max-loras says, by default one.
+        f'exec vllm serve "$base" --enable-lora --max-lora-rank {rank} --max-loras {min(len(experts), 8)} '
+        f'--lora-modules \\\n  {modules} \\\n  "$@"\n'
     )
     path = out / "vllm.sh"
     with replacing(path) as temporary:

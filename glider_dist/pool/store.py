@@ -58,8 +58,17 @@ class Expert:
         return (self.folder / GATE_FILE).exists()
 
     def card(self) -> dict[str, Any]:
+        """What the pool notes of the expert; empty if there is no card.
+
+        Raises:
+            GliderError: it is no JSON object, or its hashes or its summary are none.
+        """
         path = self.folder / CARD_FILE
-        return read_json(path) if path.exists() else {}
+        card = read_json(path) if path.exists() else {}
+        inside = [card.get(key) or {} for key in ("files", "summary")] if isinstance(card, dict) else []
+        if not inside or not all(isinstance(part, dict) for part in inside):
+            raise GliderError(f"{path} is no card of an expert; remove the expert and add it again")
+        return dict(card)
 
     def config(self) -> dict[str, Any]:
         return read_config(self.folder)

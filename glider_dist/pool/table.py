@@ -20,7 +20,8 @@ def table(
             cell.rjust(width) if title in right else cell.ljust(width)
             for title, cell, width in zip(titles, line, widths, strict=True)
         ]
-        cells[-1] = shorten(line[-1], room) if cut else line[-1]
+        if titles[-1] not in right:
+            cells[-1] = shorten(line[-1], room) if cut else line[-1]
         text.append("  ".join(cells).rstrip())
     return "\n".join(text)
 

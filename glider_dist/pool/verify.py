@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -35,12 +36,14 @@ def stray_files(root: Path) -> list[str]:
     """Links that leave the folder, and files that could run code when they are loaded."""
     problems = []
     inside = root.resolve()
-    for path in sorted(root.rglob("*")):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
-            problems.append(f"{path} is a link that leaves the pool")
-        elif path.suffix in _PICKLES:
-            problems.append(f"{path} may be a pickle, which no pool needs; delete it")
-    return problems
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = os.path.join(folder, name)
+            if os.path.islink(path) and not Path(path).resolve().is_relative_to(inside):
+                problems.append(f"{path} is a link that leaves the pool")
+            elif name.endswith(_PICKLES):
+                problems.append(f"{path} may be a pickle, which no pool needs; delete it")
+    return sorted(problems)
 
 
 def _check_files(expert: Expert) -> list[str]:
@@ -52,7 +55,8 @@ def _check_files(expert: Expert) -> list[str]:
         return [f"{expert.folder / CARD_FILE} does not exist, so the files' hashes are unknown"]
     hashes = card.get("files", {})
     problems = []
-    for file in (CONFIG_FILE, WEIGHTS_FILE, GATE_FILE):
+    # The card may know of more, such as mean activations.
+    for file in dict.fromkeys((CONFIG_FILE, WEIGHTS_FILE, GATE_FILE, *hashes)):
         path = expert.folder / file
         if not path.exists():
             if file in hashes:

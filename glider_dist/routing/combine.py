@@ -26,6 +26,12 @@ def global_bias(similarity_BE: torch.Tensor, alpha_in: float, alpha_out: float, 
     return bias_BE.masked_fill(excluded_BE, float("-inf"))
 
 
+def exclusion(similarity_BE: torch.Tensor) -> torch.Tensor:
+    """0, and -inf where an expert is excluded: what the global part adds under routers without one; ``[B, E]``."""
+    excluded_BE = similarity_BE.isneginf()
+    return torch.zeros_like(similarity_BE).masked_fill(excluded_BE, float("-inf"))
+
+
 def shortlist(similarity_BE: torch.Tensor, size: int) -> torch.Tensor:
     """Keep each query's ``size`` nearest experts; -inf for the others; ``[B, E]``."""
     size = min(size, similarity_BE.shape[1])

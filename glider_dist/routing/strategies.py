@@ -92,6 +92,16 @@ def strategy_of(config: RouterConfig) -> Strategy:
     return replace(strategy, local=GLIDER_LOCAL[config.local]) if config.kind == "glider" else strategy
 
 
+def needs_scores(config: RouterConfig) -> bool:
+    """Whether queries need their cosines: for a global score, or to shortlist experts for a local one.
+
+    Raises:
+        GliderError: as :func:`strategy_of`.
+    """
+    strategy = strategy_of(config)
+    return strategy.uses_global or (strategy.static is None and config.shortlist is not None)
+
+
 def check_router(config: RouterConfig, num_experts: int) -> Strategy:
     """Raises GliderError if the strategy is unknown or asks for more experts than there are."""
     strategy = strategy_of(config)
@@ -113,6 +123,16 @@ def check_router(config: RouterConfig, num_experts: int) -> Strategy:
     return strategy
 
 
+def check_shared(config: RouterConfig) -> None:
+    """Raises GliderError if the strategy needs every expert on each rank."""
+    strategy = strategy_of(config)
+    if strategy.merges or strategy.local in ("lag", "activation") or (strategy.by_weights and config.general):
+        raise GliderError(
+            f"router {config.kind!r} needs every expert on each rank; use mesh.expert_parallel=1, or one of "
+            "glider, phatgoose, global, arrow and oracle (without router.general)"
+        )
+
+
 def route_tokens(
     strategy: Strategy,
     config: RouterConfig,
@@ -130,7 +150,7 @@ def route_tokens(
         x_Td: ``[T, d]`` the tokens (arrow scores these).
         normalised_Td: ``[T, d]`` their LayerNorm if already known.
         prototypes_Ed: ``[E, d]`` fp32 prototypes of the strategy's kind, or None if it has no local part.
-        bias_TE: ``[T, E]`` the global part ``α c``, or None.
+        bias_TE: ``[T, E]`` the global part ``α c``, or without one 0 and -inf (excluded experts); None: neither.
         eligible_E: ``[E]`` bool, experts that adapt this site; None if all do.
         excludes: whether ``bias_TE`` may hold -inf.
         norms: for lag, from the candidates ``[T, C]`` int64 to ``‖s B A x‖`` of each ``[T, C]``.

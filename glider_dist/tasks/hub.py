@@ -13,15 +13,18 @@
         "descriptions": [...], "instructions": [...]
     }]}
 
-Where no split is left for validation, a tenth of train is set apart for it by a hash of the row number.
+Where no split is left for validation, a tenth of train is set apart for it by a hash of the row number. Rows
+without a target (no value, no text, or the label -1 that stands for none) or without an input are left out.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from functools import cache, partial
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from glider_dist.errors import GliderError
@@ -29,6 +32,7 @@ from glider_dist.tasks.jsonl import BIG_BENCH_PREFIXES
 from glider_dist.tasks.record import make_example, make_task, sample, task_records, texts
 from glider_dist.tasks.task import PARTS, Example, Task
 
+log = logging.getLogger(__name__)
 _VALIDATION_SHARE = 10
 _BIG_BENCH = re.compile(r"big[-_]?bench|\bbbh", re.IGNORECASE)
 
@@ -93,8 +97,38 @@ def _read_split(
         kept = [row for row in kept if (row in apart) == (part == "validation")]
     label = rows.features.get(record["target"])
     choices = choices or tuple(getattr(label, "names", None) or ())
+    lacking = _incomplete(rows, record, choices)
+    kept = [row for row in kept if row not in lacking]
+    if lacking and not kept:
+        raise GliderError(
+            f"{where}: no row of the split {source!r} has both an input and a target (or its labels are all -1, "
+            f"as in an unlabelled test set); say in split_names which split serves as {part}"
+        )
+    if lacking:
+        log.warning("%s: %d of %d rows of %s lack an input or a target", where, len(lacking), len(rows), source)
     chosen = [kept[position] for position in sample([ids[row] for row in kept], limit)]
     return [_example(rows[row], record, ids[row], choices, f"{where}, {source} row {row}") for row in chosen]
+
+
+def _incomplete(rows: Any, record: dict[str, Any], choices: tuple[str, ...]) -> set[int]:
+    target = record["target"]
+    columns = {target} if target in rows.features else _columns(target)
+    columns = (columns | _columns(record["input"])) & set(rows.features)
+    values = rows.select_columns(sorted(columns))[:] if columns else {}
+    lacking = {row for column in values.values() for row, value in enumerate(column) if value is None}
+    for row, value in enumerate(values.get(target, ())):
+        if (isinstance(value, str) and not value.strip()) or (choices and value == -1):
+            lacking.add(row)
+    return lacking
+
+
+def _columns(template: str) -> set[str]:
+    """The columns that a template names; what it cannot mean is told when it is filled."""
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name]
+    except ValueError:
+        return set()
+    return {re.split(r"[.\[]", name)[0] for name in names}
 
 
 @cache
@@ -105,10 +139,11 @@ def _load(dataset: str, config: str | None, data_files: str) -> Any:
     try:
         return datasets.load_dataset(dataset, config, data_files=json.loads(data_files))
     except Exception as error:  # its errors have no common base: network, missing names, malformed files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        # Whole, since the names of the configurations there are come last.
+        reason = " ".join((str(error) or type(error).__name__).split())
         raise GliderError(
-            f"the data set {dataset!r} is neither cached nor within reach ({reason}); "
-            "check its name and the network"
+            f"the data set {dataset!r} is neither cached nor within reach ({reason[:500]}); "
+            "check its name, its config and the network"
         ) from error
 
 
@@ -132,10 +167,9 @@ def _label(value: Any, choices: tuple[str, ...], where: str) -> str:
         )
     if not choices or not isinstance(value, int):
         return str(value)
-    # Unlabelled test splits hold -1, which would silently pick the last choice.
     if not 0 <= value < len(choices):
         raise GliderError(
-            f"{where}: the label {value} is not one of the {len(choices)} choices; is the split unlabelled?"
+            f"{where}: the label {value} is not one of the {len(choices)} choices, which count from 0"
         )
     return choices[value]
 

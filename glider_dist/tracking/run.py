@@ -3,9 +3,9 @@
 Everything W&B receives is in the run directory too: a run without W&B, or with a broken one, loses nothing.
 
     config.yaml     the resolved configuration of the latest start
-    versions.json   versions, git commit, command line, start time and machine of the latest start
+    versions.json   versions, git commit, command line, start time, machine, device and dtype of the latest start
     metrics.jsonl   one object per log call, over all starts: {"time": Unix seconds, "step"?, values}
-    log.txt         what the main rank logged, over all starts
+    log.txt         what the main rank logged, over all starts, from the beginning of the job
     NAME.json       tables: {"columns": [...], "rows": [[...]]}
     wandb_id        the W&B run that later starts continue
 """
@@ -30,9 +30,11 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from glider_dist.errors import GliderError
+from glider_dist.tracking.log_file import open_log_file
 
 logger = logging.getLogger(__name__)
 
+METRICS, LOG = "metrics.jsonl", "log.txt"
 _MODES = ("offline", "online", "off")
 _PACKAGES = ("glider_dist", "torch", "deepspeed", "transformers", "peft", "datasets", "wandb", "omegaconf")
 
@@ -47,7 +49,15 @@ class Run:
         self._wandb = wandb_run
 
     @classmethod
-    def start(cls, run_dir: Path, config: Mapping[str, Any], stage: str, mode: str, is_main: bool) -> Run:
+    def start(
+        cls,
+        run_dir: Path,
+        config: Mapping[str, Any],
+        stage: str,
+        mode: str,
+        is_main: bool,
+        compute: Mapping[str, Any] | None = None,
+    ) -> Run:
         """Create or continue ``run_dir``, write what describes this start, and open W&B unless mode is "off".
 
         Args:
@@ -56,6 +66,7 @@ class Run:
             mode: "offline" (records in run_dir/wandb, for ``wandb sync``), "online" or "off" (wandb is never
                 imported). A W&B that cannot start costs a warning and no more; it never asks for a login.
             is_main: whether this is the rank that writes.
+            compute: what the settings came to on this machine (device, dtype), for versions.json.
 
         Raises:
             GliderError: if the mode is unknown or run_dir cannot be written.
@@ -65,16 +76,15 @@ class Run:
         if not is_main:
             return cls(run_dir, None, None, None)
         run_dir = run_dir.absolute()
+        versions = {**_versions(), "compute": dict(compute or {})}
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             _replace(run_dir / "config.yaml", OmegaConf.to_yaml(dict(config)))
-            _replace(run_dir / "versions.json", json.dumps(_versions(), indent=1) + "\n")
-            metrics = _open_to_append(run_dir / "metrics.jsonl")
-            handler = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+            _replace(run_dir / "versions.json", json.dumps(versions, indent=1) + "\n")
+            metrics = _open_to_append(run_dir / METRICS)
+            handler = open_log_file(run_dir / LOG)
         except OSError as error:
-            raise GliderError(f"run_dir {run_dir} cannot be written ({error.strerror}); set another") from error
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger().addHandler(handler)
+            raise GliderError(_unwritable(run_dir, error.strerror)) from error
         return cls(run_dir, metrics, handler, _start_wandb(run_dir, config, stage, mode))
 
     def log(self, values: Mapping[str, float | str], step: int | None = None) -> None:
@@ -131,6 +141,22 @@ class Run:
         except Exception as error:  # whatever W&B's own process or network did, the job goes on
             self._wandb = None
             logger.warning("W&B stopped (%s); the run goes on and is recorded in %s", error, self.run_dir)
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raises GliderError if ``run_dir`` cannot be made or written; writes nothing."""
+    there = run_dir.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise GliderError(_unwritable(run_dir, f"{there} is no folder"))
+    for path in (there, run_dir / METRICS, run_dir / LOG):
+        if os.path.lexists(path) and not os.access(path, os.W_OK | (os.X_OK if path == there else 0)):
+            raise GliderError(_unwritable(run_dir, f"no permission to write {path}"))
+
+
+def _unwritable(run_dir: Path, reason: str | None) -> str:
+    return f"run_dir {run_dir} cannot be written ({reason}); set another"
 
 
 def _start_wandb(run_dir: Path, config: Mapping[str, Any], stage: str, mode: str) -> Any:

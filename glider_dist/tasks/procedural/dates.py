@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from glider_dist.tasks.procedural.vocabulary import ACTIVITIES, NAMES, OBJECTS, listed
+from glider_dist.tasks.procedural.vocabulary import ACTIVITIES, NAMES, listed
 
 # Not calendar.month_name and day_name: these follow the locale.
 _MONTHS = listed("January February March April May June July August September October November December")
@@ -38,23 +38,10 @@ def _next(preposition: str, cycle: tuple[str, ...], rng: random.Random) -> tuple
     return f"{_plan(rng)} {preposition} {cycle[now]}", cycle[(now + 1) % len(cycle)]
 
 
-def _year_in_text(rng: random.Random) -> tuple[str, str]:
-    year, count = rng.randint(1700, 2029), rng.randint(2, 99)
-    name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
-    sentences = (
-        f"{name} sold {count} {thing}s in {year}",
-        f"In {year} {name} owned {count} {thing}s",
-        f"The {year} sale of {count} {thing}s pleased {name}",
-        f"After {year} there were {count} {thing}s left",
-    )
-    return rng.choice(sentences), str(year)
-
-
 DRAWS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "date_in_words": partial(_date, "british"),
     "date_american": partial(_date, "american"),
     "month_number": _month_number,
     "next_weekday": partial(_next, "on", _WEEKDAYS),
     "next_month": partial(_next, "in", _MONTHS),
-    "year_in_text": _year_in_text,
 }

@@ -1,0 +1,56 @@
+"""Timing on a noisy machine: the variants take turns within each round, and ratios are those of the medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from glider_dist.pool.files import write_json
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, after one round to warm up.
+
+    Args:
+        before: called before each measurement, untimed (such as a barrier).
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(rounds + 1):
+        for name, work in variants.items():
+            before()
+            started = time.perf_counter()
+            work()
+            elapsed = time.perf_counter() - started
+            if repeat:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of rows with the same keys; floats to three digits."""
+    if not rows:
+        return ""
+    cells = [list(rows[0])] + [
+        [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows
+    ]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |"
+        for line in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def save(path: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Write rows and what they were measured with as JSON."""
+    write_json(path, {"bench": name, **about, "rows": rows})

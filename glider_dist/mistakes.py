@@ -1,0 +1,82 @@
+"""A mistake is told once, however many ranks see it, and every rank ends with exit code 2.
+
+The ranks agree through the key-value store of their launch, which needs no process group: the first to arrive
+tells. A rank whose collectives break because another one has left finds there that the mistake is told.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+_TOLD, _MAIN, _LEFT = (f"glider_dist/mistake/{key}" for key in ("told", "of_rank_0", "left"))
+_SECONDS = 5.0  # rank 0 may hold the store, so it stays until the others have looked, if they come
+
+
+def tell(message: str) -> int:
+    """Print ``message`` to stderr unless another rank has told a mistake; returns the exit code 2.
+
+    A mistake that rank 0 does not see is told with the rank that does.
+    """
+    rank, world = _place()
+    store = _store(10.0) if world > 1 else None
+    if store is not None and rank == 0:
+        store.set(_MAIN, "")
+    # Without a store nobody knows who has told, so everybody tells.
+    if store is None or store.add(_TOLD, 1) == 1:
+        alone = rank > 0 and not (store is not None and _comes(store, _MAIN))
+        print(f"glider-dist: error: {f'rank {rank}: ' if alone else ''}{message}", file=sys.stderr, flush=True)
+    if store is not None:
+        _leave()
+        store.add(_LEFT, 1)
+        until = time.monotonic() + _SECONDS
+        while rank == 0 and store.add(_LEFT, 0) < world and time.monotonic() < until:
+            time.sleep(0.05)
+    return 2
+
+
+def told_elsewhere() -> bool:
+    """Whether another rank has told a mistake; this one then has nothing to add."""
+    if _place()[1] == 1 or "torch" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    store = _store(3.0) if dist.is_initialized() else None
+    if store is None or store.add(_TOLD, 0) == 0:
+        return False
+    store.add(_LEFT, 1)
+    return True
+
+
+def _place() -> tuple[int, int]:
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _store(seconds: float) -> Any:
+    """The store under MASTER_ADDR and MASTER_PORT, or None if the other ranks do not come in time."""
+    import torch.distributed as dist
+
+    try:
+        return next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))[0]
+    except (RuntimeError, ValueError, OSError):
+        return None
+
+
+def _comes(store: Any, key: str) -> bool:
+    until = time.monotonic() + 1.0
+    while not (there := store.check([key])) and time.monotonic() < until:
+        time.sleep(0.05)
+    return bool(there)
+
+
+def _leave() -> None:
+    """Close this rank's connections, so that ranks that wait for it wake up while the store is still there."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+        gc.collect()  # the connections close with the last reference to them

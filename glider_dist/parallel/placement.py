@@ -1,0 +1,121 @@
+"""Placement: which rank of an expert-parallel group owns which expert. Any number of experts, any group size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glider_dist.errors import GliderError
+from glider_dist.pool.files import write_json
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Owners of E experts among P ranks.
+
+    Attributes:
+        names: the experts, in the pool's order (their ids).
+        owner: for each expert the position of its rank in the group, in ``[0, P)``.
+        ranks: P.
+    """
+
+    names: tuple[str, ...]
+    owner: tuple[int, ...]
+    ranks: int
+
+    def __post_init__(self) -> None:
+        if len(self.owner) != len(self.names) or any(not 0 <= rank < self.ranks for rank in self.owner):
+            raise GliderError(
+                f"a placement of {len(self.names)} experts needs an owner in [0, {self.ranks}) for each"
+            )
+
+    def owned(self, rank: int) -> list[int]:
+        """Ids of the experts that ``rank`` owns, ascending: their order in its bank."""
+        return [expert for expert, owner in enumerate(self.owner) if owner == rank]
+
+    @property
+    def slot(self) -> tuple[int, ...]:
+        """For each expert its position in its owner's bank."""
+        filled = [0] * self.ranks
+        slots = []
+        for owner in self.owner:
+            slots.append(filled[owner])
+            filled[owner] += 1
+        return tuple(slots)
+
+    def save(self, path: Path) -> None:
+        owned = {str(rank): [self.names[expert] for expert in self.owned(rank)] for rank in range(self.ranks)}
+        write_json(path, {"ranks": self.ranks, "experts": owned})
+
+    @staticmethod
+    def load(path: Path, names: Sequence[str]) -> Placement:
+        """Raises GliderError if the file is broken or places other experts than ``names``."""
+        try:
+            plain: dict[str, Any] = json.loads(path.read_text())
+            place = {name: int(rank) for rank, owned in plain["experts"].items() for name in owned}
+            ranks = int(plain["ranks"])
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise GliderError(f"{path} is no placement ({error}); remove it to place the experts anew") from None
+        if place.keys() != set(names):
+            odd = sorted(place.keys() ^ set(names))[0]
+            raise GliderError(f"{path} and the pool differ in expert {odd!r}; remove it to place the experts anew")
+        return Placement(tuple(names), tuple(place[name] for name in names), ranks)
+
+    def __str__(self) -> str:
+        """A line per rank."""
+        lines = []
+        for rank in range(self.ranks):
+            owned = [self.names[expert] for expert in self.owned(rank)]
+            shown = ", ".join(owned[:6]) + (", ..." if len(owned) > 6 else "")
+            lines.append(f"rank {rank}: {len(owned)} experts: {shown}" if owned else f"rank {rank}: no expert")
+        return "\n".join(lines)
+
+
+def contiguous(names: Sequence[str], ranks: int) -> Placement:
+    """Equal shares in the pool's order; the first ``E mod P`` ranks own one more."""
+    share, more = divmod(len(names), ranks)
+    owner = [rank for rank in range(ranks) for _ in range(share + (rank < more))]
+    return Placement(tuple(names), tuple(owner), ranks)
+
+
+def balanced(names: Sequence[str], ranks: int, load: Mapping[str, float]) -> Placement:
+    """Even out what the ranks will serve: the heaviest expert first, to the rank with the least load so far.
+
+    No rank owns more than one expert above an equal share, so that memory stays even, too.
+
+    Args:
+        load: tokens per expert, as in the routing statistics of an earlier run; missing experts count as 0.
+    """
+    order = sorted(range(len(names)), key=lambda expert: (-load.get(names[expert], 0.0), expert))
+    owner = [0] * len(names)
+    total, count = [0.0] * ranks, [0] * ranks
+    room = -(-len(names) // ranks)
+    for expert in order:
+        open_ranks = [rank for rank in range(ranks) if count[rank] < room]
+        rank = min(open_ranks, key=lambda rank: (total[rank], count[rank], rank))
+        owner[expert] = rank
+        total[rank] += load.get(names[expert], 0.0)
+        count[rank] += 1
+    return Placement(tuple(names), tuple(owner), ranks)
+
+
+def load_of(path: Path) -> dict[str, float]:
+    """Tokens per expert of an earlier evaluation, summed over its routers.
+
+    Args:
+        path: the ``results.json`` of its run directory.
+
+    Raises:
+        GliderError: the file is missing or is no such report.
+    """
+    load: dict[str, float] = {}
+    try:
+        for routing in json.loads(path.read_text())["routing"].values():
+            for name, tokens in routing["tokens_per_expert"].items():
+                load[name] = load.get(name, 0.0) + float(tokens)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise GliderError(f"mesh.load={path} holds no routing statistics ({error}); name a results.json") from None
+    return load

@@ -1,0 +1,98 @@
+"""Measure the constants by which ``auto`` decides, with a few exchanges and products (about a second)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from glider_dist.lora.bank import SiteBank
+from glider_dist.lora.grouped import grouped_product
+from glider_dist.parallel.cost import Costs
+from glider_dist.parallel.dispatch import Dispatch
+from glider_dist.parallel.mesh import Mesh
+from glider_dist.parallel.placement import contiguous
+from glider_dist.routing.route import Route
+
+
+def measure_costs(mesh: Mesh, device: torch.device) -> Costs:
+    """The constants of this machine; the same on all ranks of the expert-parallel group, which all call it."""
+    found = {**_fixed(mesh, device), **_rates(mesh, device)}
+    rows: list[Any] = [found]
+    if mesh.expert_group is not None:
+        rows = [None] * mesh.expert_parallel
+        dist.all_gather_object(rows, found, group=mesh.expert_group)
+    # All must decide alike, and the slowest rank sets the pace.
+    worst: dict[str, Callable[[Sequence[float]], float]] = {"bandwidth": min, "flops": min, "copy": min}
+    return Costs(**{name: worst.get(name, max)([row[name] for row in rows]) for name in found})
+
+
+def _fixed(mesh: Mesh, device: torch.device) -> dict[str, float]:
+    """An exchange of one token between small experts, each way."""
+    if mesh.expert_group is None:
+        return {}
+    placement = contiguous([str(place) for place in range(mesh.expert_parallel)], mesh.expert_parallel)
+    ones = torch.ones(mesh.expert_parallel, device=device)
+    a, b = (torch.ones(1, 8, 64, device=device, requires_grad=True) for _ in range(2))
+    bank = SiteBank(a, b, ones[:1], ones[:1].bool())
+    x = torch.ones(1, 64, device=device, requires_grad=True)
+    away = (mesh.expert_rank + 1) % mesh.expert_parallel
+    route = Route(torch.tensor([[mesh.expert_rank, away]], device=device), torch.ones(1, 2, device=device))
+    found = {}
+    for way, name in (("all_to_all", "tokens"), ("gather", "weights")):
+        dispatch = Dispatch(mesh, placement, way, {"": ones}, device)
+        forward, both = [], []
+        for _ in range(12):
+            dist.barrier(group=mesh.expert_group)
+            started = _now(device)
+            (out,) = dispatch(x, [""], [route], [bank])
+            forward.append(_now(device) - started)
+            out.sum().backward()
+            both.append(_now(device) - started)
+        found[f"{name}_s"] = sorted(forward)[5]
+        found[f"{name}_back_s"] = max(sorted(both)[5] - found[f"{name}_s"], 0.0)
+    return found
+
+
+def _rates(mesh: Mesh, device: torch.device) -> dict[str, float]:
+    found = {}
+    group, ranks = mesh.expert_group, mesh.expert_parallel
+    if group is not None:
+        small = torch.zeros(ranks * 16, device=device)
+        large = torch.zeros(ranks << 19, device=device)  # 2 MiB to each rank
+        least = _seconds(lambda: dist.all_to_all_single(torch.empty_like(small), small, group=group), device)
+        most = _seconds(lambda: dist.all_to_all_single(torch.empty_like(large), large, group=group), device, 5)
+        found["bandwidth"] = large.nbytes / ranks * (ranks - 1) / max(most - least, 1e-6)
+    width, rank, groups = 1024, 16, 64
+    x = torch.randn(groups * 8, width, device=device)
+    w = torch.randn(groups, width, rank, device=device)
+    all_first = torch.full((groups,), groups * 8, dtype=torch.int32, device=device)
+    ends = torch.arange(1, groups + 1, dtype=torch.int32, device=device)
+    one = _seconds(lambda: grouped_product(x, w, all_first), device)
+    found["flops"] = 2 * x.shape[0] * width * rank / max(one, 1e-7)
+    many = _seconds(lambda: grouped_product(x[:groups], w, ends), device)
+    less = _seconds(lambda: grouped_product(x[:groups], w[:1], ends[-1:]), device)
+    found["group_s"] = max((many - less) / groups, 1e-8)
+    index = torch.randint(0, x.shape[0], (4096,), device=device)
+    copying = _seconds(lambda: x.index_select(0, index), device, 5)
+    found["copy"] = 2 * index.shape[0] * width * x.element_size() / max(copying, 1e-7)
+    return {**{name: value for name, value in asdict(Costs()).items() if name == "bandwidth"}, **found}
+
+
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 15) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        started = _now(device)
+        work()
+        times.append(_now(device) - started)
+    return sorted(times[2:])[repeats // 2]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

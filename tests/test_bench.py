@@ -1,0 +1,82 @@
+"""The measurements behind ``bench``, small: they measure what they say and check it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_jobs import describe_and_index, settings, snapshot, write_tasks
+
+from glider_dist import bench
+from glider_dist.bench import arrow
+from glider_dist.bench.without_gates import randomised
+from glider_dist.cli import run_stage
+from glider_dist.errors import GliderError
+from glider_dist.pool import ExpertPool
+from glider_dist.pool.adapter import GATE_FILE, WEIGHTS_FILE
+from glider_dist.settings import read_config
+from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
+
+
+def test_arrow_is_timed_in_turns_with_pefts_and_their_logits_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(arrow, "COUNTS", (3,))
+    monkeypatch.setattr(arrow, "ROUNDS", 2)
+    arrow.report(tmp_path / "bench.json")
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert row["adapters"] == 3
+    assert row["distance"] < 1e-4
+    assert all(len(row[side]["seconds"]) == 2 and row[side]["first"] > 0 for side in arrow.SIDES)
+    assert row["ratio"] == pytest.approx(row["peft"]["median"] / row["ours"]["median"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].split()[0] == "3"
+    assert len({len(line) for line in printed[1:]}) == 1
+
+
+def test_routing_without_gates_is_compared_with_random_adapters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = ("copy", "upper", "last")
+    write_tasks(tmp_path / "tasks", held_in=tasks)
+    base = save_tiny_base(tmp_path / "base", tiny_causal())
+    pool = random_pool(tmp_path / "pool", tiny_causal(), experts=tasks, base=str(base))
+    describe_and_index(pool)
+    before = snapshot(pool.path)
+    words = settings(tmp_path, base=base, router__local="arrow", evaluate__routers="[base,arrow,glider]")
+    run_stage("bench", read_config(None, words), bench.run, "without-gates")
+    text = (tmp_path / "run" / "without_gates.txt").read_text()
+    assert text in capsys.readouterr().out
+    rows = [line.split("  ")[0] for line in text.splitlines()[2:7]]
+    assert rows == ["base", "arrow", "glider", "arrow, random", "glider, random"]
+    assert snapshot(pool.path) == before
+    trained, control = (ExpertPool.open(tmp_path / "run" / "pools" / name) for name in ("trained", "random"))
+    for name in tasks:
+        source = load_file(pool.expert(name).folder / WEIGHTS_FILE)
+        for made, same in ((trained, True), (control, False)):
+            found = load_file(made.expert(name).folder / WEIGHTS_FILE)
+            assert not (made.expert(name).folder / GATE_FILE).exists()
+            for key, value in source.items():
+                assert torch.equal(found[key], value) == same
+                assert found[key].shape == value.shape
+    with pytest.raises(GliderError, match=r"cannot run 'glider' with router\.local=gate"):
+        run_stage("bench", read_config(None, [*words, "router.local=gate"]), bench.run, "without-gates")
+
+
+def test_random_weights_keep_size_and_follow_from_the_seed() -> None:
+    tensors = {"a": torch.full((40, 50), 3.0), "b": torch.zeros(4, 5, dtype=torch.bfloat16)}
+    made = randomised(tensors, 7)
+    assert made["a"].square().mean().sqrt() == pytest.approx(3.0, rel=0.1)
+    assert not made["b"].any()
+    assert made["b"].dtype == torch.bfloat16
+    assert torch.equal(made["a"], randomised(tensors, 7)["a"])
+    assert not torch.equal(made["a"], randomised(tensors, 8)["a"])
+
+
+def test_an_unknown_measurement_is_told(tmp_path: Path) -> None:
+    cfg = read_config(None, [f"run_dir={tmp_path}"])
+    with pytest.raises(GliderError, match="bench knows evaluate, arrow, without-gates, not 'speed'"):
+        run_stage("bench", cfg, bench.run, "speed")
