@@ -7,17 +7,41 @@ OmegaConf when the configuration is read, ranges and choices by :meth:`Config.va
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from glider_dist.errors import GliderError
 
+_MUST_BE: dict[str, Callable[[float], bool]] = {
+    "positive and finite": lambda value: 0 < value < math.inf,
+    "finite and not negative": lambda value: 0 <= value < math.inf,
+    "finite": math.isfinite,
+}
 
-def _setting(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"doc": doc, "choices": choices}
+
+def _setting(default: Any, doc: str, choices: tuple[str, ...] = (), must_be: str | None = None) -> Any:
+    """``must_be``: what the number has to be, a key of ``_MUST_BE``; None and other types are not looked at."""
+    metadata = {"doc": doc, "choices": choices, "must_be": must_be}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+_positive = partial(_setting, must_be="positive and finite")
+_not_negative = partial(_setting, must_be="finite and not negative")
+_finite = partial(_setting, must_be="finite")
+
+
+def _check_numbers(config: Any, prefix: str = "") -> None:
+    for setting in fields(config):
+        value, key = getattr(config, setting.name), prefix + setting.name
+        if is_dataclass(value):
+            _check_numbers(value, f"{key}.")
+        rule = setting.metadata.get("must_be")
+        if rule is not None and value is not None and not _MUST_BE[rule](value):
+            raise GliderError(f"{key} is {value}, but must be {rule}")
 
 
 @dataclass
@@ -32,48 +56,64 @@ class TasksConfig:
     held_out: list[str] = _setting(
         [], "names of tasks to evaluate only; empty: every task whose split is held_out"
     )
-    limit: int | None = _setting(None, "examples per task and split at most; None: all (procedural: 512/64/64)")
-    max_length: int = _setting(512, "tokens per example at most, prompt and answer together")
+    limit: int | None = _setting(
+        None, "examples per task and split at most; None: all (procedural: 512/64/64)", must_be=_POSITIVE
+    )
+    max_length: int = _positive(512, "tokens per example at most, prompt and answer together")
 
 
 @dataclass
 class TrainConfig:
-    max_steps: int = _setting(1000, "optimizer steps per expert")
-    gate_steps: int = _setting(100, "optimizer steps per gate")
-    batch_size: int = _setting(16, "examples per step and expert")
-    gate_batch_size: int | None = _setting(None, "examples per step and gate; None: train.batch_size")
+    max_steps: int = _positive(1000, "optimizer steps per expert")
+    gate_steps: int = _positive(100, "optimizer steps per gate")
+    batch_size: int = _positive(16, "examples per step and expert")
+    gate_batch_size: int | None = _setting(
+        None, "examples per step and gate; None: train.batch_size", must_be=_POSITIVE
+    )
     experts_in_flight: int | None = _setting(
-        None, "experts (or gates) that a rank trains at a time, the others wait; None: 8 on a CPU, 32 on a GPU"
+        None,
+        "experts (or gates) that a rank trains at a time, the others wait; None: 8 on a CPU, 32 on a GPU",
+        must_be=_POSITIVE,
     )
     micro_batch_size: int | None = _setting(
-        None, "examples per forward at most; None: train.micro_batch_tokens alone"
+        None, "examples per forward at most; None: train.micro_batch_tokens alone", must_be=_POSITIVE
     )
     micro_batch_tokens: int | None = _setting(
-        None, "tokens per forward at most, padding included; None: 2048 on a CPU, 8192 on a GPU"
+        None, "tokens per forward at most, padding included; None: 2048 on a CPU, 8192 on a GPU", must_be=_POSITIVE
     )
-    learning_rate: float = _setting(5e-3, "AdamW learning rate of the experts")
-    gate_learning_rate: float = _setting(5e-3, "AdamW learning rate of the gates")
-    weight_decay: float = _setting(0.0, "AdamW weight decay")
+    learning_rate: float = _positive(5e-3, "AdamW learning rate of the experts")
+    gate_learning_rate: float = _positive(5e-3, "AdamW learning rate of the gates")
+    weight_decay: float = _not_negative(0.0, "AdamW weight decay")
     warmup_ratio: float = _setting(0.06, "share of the steps with linear warm-up; constant afterwards")
-    max_grad_norm: float = _setting(1.0, "clip each expert's gradient norm at this value; 0: no clipping")
-    eval_every: int = _setting(100, "validate every so many steps and at the end; the best weights are kept")
-    eval_examples: int = _setting(64, "validation examples per task and validation")
+    max_grad_norm: float = _setting(
+        1.0, "clip each expert's gradient norm at this value; 0: no clipping", must_be="finite and not negative"
+    )
+    eval_every: int = _setting(
+        100, "validate every so many steps and at the end; the best weights are kept", must_be=_POSITIVE
+    )
+    eval_examples: int = _positive(64, "validation examples per task and validation")
     patience: int | None = _setting(
-        None, "validations in a row without a better loss that end an expert's training; None: no early stop"
+        None,
+        "validations in a row without a better loss that end an expert's training; None: no early stop",
+        must_be=_POSITIVE,
     )
     save_minutes: float = _setting(
-        10.0, "keep experts that are in training in run_dir/unfinished so often, for a restart after a kill"
+        10.0,
+        "keep experts that are in training in run_dir/unfinished so often, for a restart after a kill",
+        must_be=_POSITIVE,
     )
     max_failures: int = _setting(
-        5, "steps in a row whose loss or gradient is not finite (they are skipped) that end an expert's training"
+        5,
+        "steps in a row whose loss or gradient is not finite (they are skipped) that end an expert's training",
+        must_be=_POSITIVE,
     )
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass to save memory")
 
 
 @dataclass
 class LoraConfig:
-    rank: int = _setting(16, "rank r of A [r, d_in] and B [d_out, r]")
-    alpha: float = _setting(1.0, "lora_alpha; the expert's output is scaled by alpha / rank")
+    rank: int = _positive(16, "rank r of A [r, d_in] and B [d_out, r]")
+    alpha: float = _positive(1.0, "lora_alpha; the expert's output is scaled by alpha / rank")
     targets: list[str] = _setting(
         [], "end of the names of the linear layers to adapt; empty: every linear layer but the output head"
     )
@@ -81,7 +121,9 @@ class LoraConfig:
 
 @dataclass
 class MeshConfig:
-    expert_parallel: int = _setting(1, "ranks that share one copy of the pool (1: every rank holds every expert)")
+    expert_parallel: int = _setting(
+        1, "ranks that share one copy of the pool (1: every rank holds every expert)", must_be=_POSITIVE
+    )
     placement: str = _setting(
         "contiguous", "how experts are shared out; balanced: by the load in mesh.load", ("contiguous", "balanced")
     )
@@ -104,14 +146,20 @@ class RouterConfig:
         ),
     )  # fmt: skip
     local: str = _setting("gate", "local score of glider; arrow and lag need no gates", ("gate", "arrow", "lag"))
-    top_k: int = _setting(2, "experts per token")
+    top_k: int = _positive(2, "experts per token")
     top_p: float | None = _setting(None, "if set, replaces top_k: keep the smallest set with this probability")
-    top_p_max: int = _setting(8, "experts per token at most under top_p")
-    alpha_in: float | None = _setting(None, "weight of the global score when some expert describes the query")
-    alpha_out: float | None = _setting(None, "weight of the global score otherwise")
-    threshold: float | None = _setting(None, "cosine over which an expert counts as describing the query")
-    temperature: float = _setting(1.0, "softmax temperature of arrow and lag")
-    lag_candidates: int = _setting(5, "experts per token that arrow proposes and lag chooses from")
+    top_p_max: int = _positive(8, "experts per token at most under top_p")
+    alpha_in: float | None = _setting(
+        None, "weight of the global score when some expert describes the query", must_be="finite"
+    )
+    alpha_out: float | None = _finite(None, "weight of the global score otherwise")
+    threshold: float | None = _setting(
+        None, "cosine over which an expert counts as describing the query", must_be="finite"
+    )
+    temperature: float = _positive(1.0, "softmax temperature of arrow and lag")
+    lag_candidates: int = _setting(
+        5, "experts per token that arrow proposes and lag chooses from", must_be=_POSITIVE
+    )
     general: list[str] = _setting(
         [],
         "arrow and lag: general-knowledge experts; their mean is subtracted from the others, none is routed to",
@@ -119,7 +167,9 @@ class RouterConfig:
     merge_density: float = _setting(0.5, "share of the weights that ties and dare keep")
     merge_seed: int = _setting(0, "seed of the weights that dare drops")
     shortlist: int | None = _setting(
-        None, "consider only the M globally nearest experts of each query, whatever the router scores; None: all"
+        None,
+        "consider only the M globally nearest experts of each query, whatever the router scores; None: all",
+        must_be=_POSITIVE,
     )
 
 
@@ -128,16 +178,18 @@ class EvaluateConfig:
     routers: list[str] = _setting(
         ["base", "merged", "phatgoose", "glider", "oracle"], "rows of the table, in order"
     )
-    queries: int = _setting(100, "test queries per task at most")
-    batch_size: int = _setting(64, "queries per generation batch; different tasks share a batch")
-    max_new_tokens: int = _setting(16, "answer length at most, in tokens")
+    queries: int = _positive(100, "test queries per task at most")
+    batch_size: int = _setting(
+        64, "queries per generation batch; different tasks share a batch", must_be=_POSITIVE
+    )
+    max_new_tokens: int = _positive(16, "answer length at most, in tokens")
     rank_classification: bool = _setting(False, "also score tasks with choices by the likelihood of each choice")
-    bootstrap: int = _setting(1000, "bootstrap samples of the 95 % intervals")
+    bootstrap: int = _positive(1000, "bootstrap samples of the 95 % intervals")
 
 
 @dataclass
 class CalibrateConfig:
-    queries: int = _setting(16, "validation queries per held-in task")
+    queries: int = _positive(16, "validation queries per held-in task")
     alphas: list[float] = _setting(
         [1.0, 3.0, 10.0, 20.0, 50.0, 100.0], "candidate values of alpha_in and alpha_out"
     )
@@ -161,25 +213,27 @@ class ServiceConfig:
     model: str | None = _setting(
         None, "model to ask the endpoint for; None: the embedder's name, or its only model"
     )
-    timeout: float = _setting(60.0, "seconds to keep trying when the endpoint does not answer")
+    timeout: float = _positive(60.0, "seconds to keep trying when the endpoint does not answer")
     fallback: bool = _setting(True, "then load the embedder in this process, and say so once; false: stop")
-    request_texts: int = _setting(128, "texts per request to the endpoint")
+    request_texts: int = _positive(128, "texts per request to the endpoint")
     query_prefix: str | None = _setting(
         None, "put before each query, as E5 models need ('query: ', in quotes); stored with the index"
     )
     description_prefix: str | None = _setting(None, "put before each description; stored with the index")
     device: str = _setting("cpu", "device of the service's model", ("auto", "cpu", "cuda"))
     max_batch_tokens: int | None = _setting(
-        None, "tokens per forward pass at most, padding counted; None: 1024 on a CPU, 16384 on a GPU"
+        None,
+        "tokens per forward pass at most, padding counted; None: 1024 on a CPU, 16384 on a GPU",
+        must_be=_POSITIVE,
     )
     max_wait_ms: float = _setting(2.0, "how long an idle model waits for more texts")
-    max_texts: int = _setting(2048, "texts per request at most")
-    max_body_mb: float = _setting(8.0, "size of a request at most")
-    max_queue: int = _setting(16384, "texts that may wait; further requests are answered 429")
+    max_texts: int = _positive(2048, "texts per request at most")
+    max_body_mb: float = _positive(8.0, "size of a request at most")
+    max_queue: int = _positive(16384, "texts that may wait; further requests are answered 429")
     cache: str | None = _setting(
         None, "SQLite file of embeddings; None: embeddings.sqlite in the cache folder; off: memory only"
     )
-    cache_entries: int = _setting(1_000_000, "embeddings kept on disk at most")
+    cache_entries: int = _positive(1_000_000, "embeddings kept on disk at most")
 
 
 @dataclass
@@ -191,14 +245,14 @@ class DescribeConfig:
         "task", "who describes experts: the tasks' own texts, or a chat model (llm)", ("task", "llm")
     )
     model: str | None = _setting(None, "chat model; None: $OPENAI_MODEL")
-    examples: int = _setting(3, "training examples that the model sees of each task")
-    descriptions: int = _setting(1, "descriptions per expert")
-    max_tokens: int = _setting(512, "length of the model's answer at most")
+    examples: int = _positive(3, "training examples that the model sees of each task")
+    descriptions: int = _positive(1, "descriptions per expert")
+    max_tokens: int = _positive(512, "length of the model's answer at most")
     temperature: float = _setting(0.0, "sampling temperature of the first try; later tries use 0.7 at least")
-    tries: int = _setting(3, "answers asked for until one is valid JSON")
+    tries: int = _positive(3, "answers asked for until one is valid JSON")
     retries: int = _setting(6, "times a request is repeated when the endpoint fails or is busy")
-    timeout: float = _setting(60.0, "seconds for one answer")
-    workers: int = _setting(4, "requests under way at once")
+    timeout: float = _positive(60.0, "seconds for one answer")
+    workers: int = _positive(4, "requests under way at once")
     requests_per_minute: float = _setting(0.0, "requests per minute at most; 0: no limit")
     cache: str | None = _setting(
         None, "SQLite file of the model's answers; None: descriptions.sqlite in the cache folder; off: none"
@@ -207,7 +261,9 @@ class DescribeConfig:
         "instruction", "what of a query is embedded: its instruction, or an llm's description of it",
         ("instruction", "llm"),
     )  # fmt: skip
-    query_timeout: float = _setting(10.0, "seconds for a query's description; then its instruction is embedded")
+    query_timeout: float = _setting(
+        10.0, "seconds for a query's description; then its instruction is embedded", must_be=_POSITIVE
+    )
     pooling: str = _setting("max", "over an expert's descriptions: largest or mean cosine", ("max", "mean"))
 
 
@@ -250,67 +306,7 @@ class Config:
         Raises:
             GliderError: naming the setting, its value and what is allowed.
         """
-        positive = {
-            "train.max_steps": self.train.max_steps,
-            "train.gate_steps": self.train.gate_steps,
-            "train.batch_size": self.train.batch_size,
-            "train.learning_rate": self.train.learning_rate,
-            "train.gate_learning_rate": self.train.gate_learning_rate,
-            "train.eval_every": self.train.eval_every,
-            "train.eval_examples": self.train.eval_examples,
-            "train.max_failures": self.train.max_failures,
-            "train.save_minutes": self.train.save_minutes,
-            "lora.rank": self.lora.rank,
-            "lora.alpha": self.lora.alpha,
-            "router.top_k": self.router.top_k,
-            "router.top_p_max": self.router.top_p_max,
-            "router.temperature": self.router.temperature,
-            "router.lag_candidates": self.router.lag_candidates,
-            "evaluate.queries": self.evaluate.queries,
-            "evaluate.batch_size": self.evaluate.batch_size,
-            "evaluate.max_new_tokens": self.evaluate.max_new_tokens,
-            "evaluate.bootstrap": self.evaluate.bootstrap,
-            "calibrate.queries": self.calibrate.queries,
-            "tasks.max_length": self.tasks.max_length,
-            "mesh.expert_parallel": self.mesh.expert_parallel,
-            "describe.examples": self.describe.examples,
-            "describe.descriptions": self.describe.descriptions,
-            "describe.max_tokens": self.describe.max_tokens,
-            "describe.tries": self.describe.tries,
-            "describe.timeout": self.describe.timeout,
-            "describe.query_timeout": self.describe.query_timeout,
-            "describe.workers": self.describe.workers,
-            "service.timeout": self.service.timeout,
-            "service.request_texts": self.service.request_texts,
-            "service.max_texts": self.service.max_texts,
-            "service.max_body_mb": self.service.max_body_mb,
-            "service.max_queue": self.service.max_queue,
-            "service.cache_entries": self.service.cache_entries,
-        }
-        optional = {
-            "train.experts_in_flight": self.train.experts_in_flight,
-            "tasks.limit": self.tasks.limit,
-            "train.micro_batch_size": self.train.micro_batch_size,
-            "train.patience": self.train.patience,
-            "train.micro_batch_tokens": self.train.micro_batch_tokens,
-            "train.gate_batch_size": self.train.gate_batch_size,
-            "router.shortlist": self.router.shortlist,
-            "service.max_batch_tokens": self.service.max_batch_tokens,
-        }
-        positive.update({key: value for key, value in optional.items() if value is not None})
-        for key, value in positive.items():
-            if not 0 < value < math.inf:
-                raise GliderError(f"{key} is {value}, but must be greater than 0 and finite")
-        router = self.router
-        for key, value in {
-            "router.alpha_in": router.alpha_in or 0.0,
-            "router.alpha_out": router.alpha_out or 0.0,
-            "router.threshold": router.threshold or 0.0,
-            "train.weight_decay": self.train.weight_decay,
-            "train.max_grad_norm": self.train.max_grad_norm,
-        }.items():
-            if not math.isfinite(value) or (value < 0 and key.startswith("train")):
-                raise GliderError(f"{key} is {value}, but must be a finite number, and in train not negative")
+        _check_numbers(self)
         if self.zero_stage not in (0, 3):
             raise GliderError(
                 f"zero_stage is {self.zero_stage}, but a frozen base is replicated (0) or sharded (3)"

@@ -104,7 +104,7 @@ def test_a_setting_may_refer_to_another() -> None:
         ("train=5", ["train", "group of settings", "train.max_steps"]),
         ("tasks=null", ["tasks", "group of settings"]),
         ("pool=${nowhere}", ["pool", "nowhere"]),
-        ("train.learning_rate=nan", ["train.learning_rate", "nan", "greater than 0"]),
+        ("train.learning_rate=nan", ["train.learning_rate", "nan", "positive and finite"]),
         ("lora.rank=0", ["lora.rank is 0"]),
         ("router.top_p=1.5", ["router.top_p is 1.5"]),
         ("zero_stage=2", ["zero_stage is 2"]),

@@ -42,7 +42,7 @@ def router_scope(
     if needs_scores(router):
         assert similarity is not None
         cosines = similarity if isinstance(similarity, Ahead) else _row_at_least(similarity)
-        return lambda chosen: query_scores(model, cosines[torch.tensor(chosen, dtype=torch.int64)])
+        return lambda chosen: query_scores(model, cosines[list(chosen)])
     if strategy_of(router).static == "assigned":
         assert experts is not None
         ids = _row_at_least(experts)

@@ -23,6 +23,7 @@ from glider_dist.config import DescribeConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.cache import cache_dir
 from glider_dist.semantics.cache_file import CacheFile
+from glider_dist.semantics.service.access import keep_addresses_out_of_logs
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class ChatModel:
         key = os.environ.get("OPENAI_API_KEY")
         if not key and not os.environ.get("OPENAI_BASE_URL"):
             raise GliderError("no chat endpoint is named; set OPENAI_BASE_URL or OPENAI_API_KEY")
+        keep_addresses_out_of_logs()
         self.model = model
         self.settings = settings
         self.usage = Usage()

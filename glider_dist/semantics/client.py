@@ -21,7 +21,7 @@ import torch
 from glider_dist.config import ServiceConfig
 from glider_dist.errors import GliderError
 from glider_dist.semantics.embedder import REMEMBERED, Embedder, embed_once
-from glider_dist.semantics.service.access import is_loopback
+from glider_dist.semantics.service.access import is_loopback, keep_addresses_out_of_logs
 from glider_dist.semantics.vectors import Recent
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class RemoteEmbedder:
         token: str | None = None,
         fallback: Callable[[], Embedder] | None = None,
     ):
+        keep_addresses_out_of_logs()
         self.name = name
         self.settings = settings
         base = _checked(url)

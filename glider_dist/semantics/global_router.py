@@ -139,11 +139,12 @@ class Ahead:
             self._thread.submit(router.similarity, [queries[i] for i in batch]) for batch in batches
         ]
 
-    def __getitem__(self, chosen: torch.Tensor) -> torch.Tensor:
-        """Rows ``[len(chosen), E]``; waits for them if they are not there yet."""
+    def __getitem__(self, chosen: list[int]) -> torch.Tensor:
+        """Rows ``[len(chosen), E]``; waits for them if they are not there yet. Zeros if there is no query at all:
+        a rank without queries keeps in step with the others by a dummy."""
         if not self._place:
             return torch.zeros(len(chosen), self._width)
-        places = [self._place[i] for i in chosen.tolist()]
+        places = [self._place[i] for i in chosen]
         return torch.stack([self._scores[number].result()[row] for number, row in places])
 
     def all(self) -> torch.Tensor:
