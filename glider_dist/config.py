@@ -56,9 +56,7 @@ class TasksConfig:
     held_out: list[str] = _setting(
         [], "names of tasks to evaluate only; empty: every task whose split is held_out"
     )
-    limit: int | None = _setting(
-        None, "examples per task and split at most; None: all (procedural: 512/64/64)", must_be=_POSITIVE
-    )
+    limit: int | None = _positive(None, "examples per task and split at most; None: all (procedural: 512/64/64)")
     max_length: int = _positive(512, "tokens per example at most, prompt and answer together")
 
 
@@ -67,45 +65,31 @@ class TrainConfig:
     max_steps: int = _positive(1000, "optimizer steps per expert")
     gate_steps: int = _positive(100, "optimizer steps per gate")
     batch_size: int = _positive(16, "examples per step and expert")
-    gate_batch_size: int | None = _setting(
-        None, "examples per step and gate; None: train.batch_size", must_be=_POSITIVE
+    gate_batch_size: int | None = _positive(None, "examples per step and gate; None: train.batch_size")
+    experts_in_flight: int | None = _positive(
+        None, "experts (or gates) that a rank trains at a time, the others wait; None: 8 on a CPU, 32 on a GPU"
     )
-    experts_in_flight: int | None = _setting(
-        None,
-        "experts (or gates) that a rank trains at a time, the others wait; None: 8 on a CPU, 32 on a GPU",
-        must_be=_POSITIVE,
+    micro_batch_size: int | None = _positive(
+        None, "examples per forward at most; None: train.micro_batch_tokens alone"
     )
-    micro_batch_size: int | None = _setting(
-        None, "examples per forward at most; None: train.micro_batch_tokens alone", must_be=_POSITIVE
-    )
-    micro_batch_tokens: int | None = _setting(
-        None, "tokens per forward at most, padding included; None: 2048 on a CPU, 8192 on a GPU", must_be=_POSITIVE
+    micro_batch_tokens: int | None = _positive(
+        None, "tokens per forward at most, padding included; None: 2048 on a CPU, 8192 on a GPU"
     )
     learning_rate: float = _positive(5e-3, "AdamW learning rate of the experts")
     gate_learning_rate: float = _positive(5e-3, "AdamW learning rate of the gates")
     weight_decay: float = _not_negative(0.0, "AdamW weight decay")
     warmup_ratio: float = _setting(0.06, "share of the steps with linear warm-up; constant afterwards")
-    max_grad_norm: float = _setting(
-        1.0, "clip each expert's gradient norm at this value; 0: no clipping", must_be="finite and not negative"
-    )
-    eval_every: int = _setting(
-        100, "validate every so many steps and at the end; the best weights are kept", must_be=_POSITIVE
-    )
+    max_grad_norm: float = _not_negative(1.0, "clip each expert's gradient norm at this value; 0: no clipping")
+    eval_every: int = _positive(100, "validate every so many steps and at the end; the best weights are kept")
     eval_examples: int = _positive(64, "validation examples per task and validation")
-    patience: int | None = _setting(
-        None,
-        "validations in a row without a better loss that end an expert's training; None: no early stop",
-        must_be=_POSITIVE,
+    patience: int | None = _positive(
+        None, "validations in a row without a better loss that end an expert's training; None: no early stop"
     )
-    save_minutes: float = _setting(
-        10.0,
-        "keep experts that are in training in run_dir/unfinished so often, for a restart after a kill",
-        must_be=_POSITIVE,
+    save_minutes: float = _positive(
+        10.0, "keep experts that are in training in run_dir/unfinished so often, for a restart after a kill"
     )
-    max_failures: int = _setting(
-        5,
-        "steps in a row whose loss or gradient is not finite (they are skipped) that end an expert's training",
-        must_be=_POSITIVE,
+    max_failures: int = _positive(
+        5, "steps in a row whose loss or gradient is not finite (they are skipped) that end an expert's training"
     )
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass to save memory")
 
@@ -121,9 +105,7 @@ class LoraConfig:
 
 @dataclass
 class MeshConfig:
-    expert_parallel: int = _setting(
-        1, "ranks that share one copy of the pool (1: every rank holds every expert)", must_be=_POSITIVE
-    )
+    expert_parallel: int = _positive(1, "ranks that share one copy of the pool (1: every rank holds every expert)")
     placement: str = _setting(
         "contiguous", "how experts are shared out; balanced: by the load in mesh.load", ("contiguous", "balanced")
     )
@@ -149,27 +131,19 @@ class RouterConfig:
     top_k: int = _positive(2, "experts per token")
     top_p: float | None = _setting(None, "if set, replaces top_k: keep the smallest set with this probability")
     top_p_max: int = _positive(8, "experts per token at most under top_p")
-    alpha_in: float | None = _setting(
-        None, "weight of the global score when some expert describes the query", must_be="finite"
-    )
+    alpha_in: float | None = _finite(None, "weight of the global score when some expert describes the query")
     alpha_out: float | None = _finite(None, "weight of the global score otherwise")
-    threshold: float | None = _setting(
-        None, "cosine over which an expert counts as describing the query", must_be="finite"
-    )
+    threshold: float | None = _finite(None, "cosine over which an expert counts as describing the query")
     temperature: float = _positive(1.0, "softmax temperature of arrow and lag")
-    lag_candidates: int = _setting(
-        5, "experts per token that arrow proposes and lag chooses from", must_be=_POSITIVE
-    )
+    lag_candidates: int = _positive(5, "experts per token that arrow proposes and lag chooses from")
     general: list[str] = _setting(
         [],
         "arrow and lag: general-knowledge experts; their mean is subtracted from the others, none is routed to",
     )
     merge_density: float = _setting(0.5, "share of the weights that ties and dare keep")
     merge_seed: int = _setting(0, "seed of the weights that dare drops")
-    shortlist: int | None = _setting(
-        None,
-        "consider only the M globally nearest experts of each query, whatever the router scores; None: all",
-        must_be=_POSITIVE,
+    shortlist: int | None = _positive(
+        None, "consider only the M globally nearest experts of each query, whatever the router scores; None: all"
     )
 
 
@@ -179,9 +153,7 @@ class EvaluateConfig:
         ["base", "merged", "phatgoose", "glider", "oracle"], "rows of the table, in order"
     )
     queries: int = _positive(100, "test queries per task at most")
-    batch_size: int = _setting(
-        64, "queries per generation batch; different tasks share a batch", must_be=_POSITIVE
-    )
+    batch_size: int = _positive(64, "queries per generation batch; different tasks share a batch")
     max_new_tokens: int = _positive(16, "answer length at most, in tokens")
     rank_classification: bool = _setting(False, "also score tasks with choices by the likelihood of each choice")
     bootstrap: int = _positive(1000, "bootstrap samples of the 95 % intervals")
@@ -221,10 +193,8 @@ class ServiceConfig:
     )
     description_prefix: str | None = _setting(None, "put before each description; stored with the index")
     device: str = _setting("cpu", "device of the service's model", ("auto", "cpu", "cuda"))
-    max_batch_tokens: int | None = _setting(
-        None,
-        "tokens per forward pass at most, padding counted; None: 1024 on a CPU, 16384 on a GPU",
-        must_be=_POSITIVE,
+    max_batch_tokens: int | None = _positive(
+        None, "tokens per forward pass at most, padding counted; None: 1024 on a CPU, 16384 on a GPU"
     )
     max_wait_ms: float = _setting(2.0, "how long an idle model waits for more texts")
     max_texts: int = _positive(2048, "texts per request at most")
@@ -261,9 +231,7 @@ class DescribeConfig:
         "instruction", "what of a query is embedded: its instruction, or an llm's description of it",
         ("instruction", "llm"),
     )  # fmt: skip
-    query_timeout: float = _setting(
-        10.0, "seconds for a query's description; then its instruction is embedded", must_be=_POSITIVE
-    )
+    query_timeout: float = _positive(10.0, "seconds for a query's description; then its instruction is embedded")
     pooling: str = _setting("max", "over an expert's descriptions: largest or mean cosine", ("max", "mean"))
 
 
