@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -124,7 +124,8 @@ def forward(model: Any, run: Run, rank: int, keep: list[torch.Tensor] | None = N
     if keep is not None:
         embedded.requires_grad_()
         keep.append(embedded)
-    logits = model(**inputs, inputs_embeds=embedded).logits
+    # What a block appends to a cache it would append again when it is recomputed.
+    logits = model(**inputs, inputs_embeds=embedded, use_cache=not run.checkpointing).logits
     return logits.flatten(0, 1) if real is None else logits[real.bool()]
 
 
@@ -210,6 +211,8 @@ def compare(run: Run, path: str) -> Found:
                             found.note("experts", mesh.sum_over_replicas(ours.grad), theirs.grad[list(owned)])
                 if run.gated:
                     for site, gate in own.gates.items():
+                        if all_experts.gates[site].grad is None:
+                            continue
                         grad = torch.zeros_like(gate) if gate.grad is None else gate.grad.clone()
                         torch.distributed.all_reduce(grad)
                         found.note("gates", grad, all_experts.gates[site].grad)
@@ -277,6 +280,10 @@ def prompts_of(name: str, rank: int, rows: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _note(calls: list[int], *_: object) -> None:
+    calls.append(1)
+
+
 def generate_all(
     name: str, path: str, parts: int, counts: list[int], router: str, settings: dict[str, Any], dispatch: str
 ) -> tuple[list[list[int]], list[list[int]], bool, Traffic, int]:
@@ -297,7 +304,7 @@ def generate_all(
                 stats.append({})
                 continue
             calls: list[int] = []
-            handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+            handle = model.register_forward_pre_hook(partial(_note, calls))
             with count_traffic() as traffic, scope(model, run, rank, counts[rank]):
                 made = gd.generate(model, **inputs, **settings)
             handle.remove()
@@ -331,13 +338,13 @@ def shortlisted(name: str, path: str, parts: int, dispatch: str, never: bool) ->
     for which, own_mesh in enumerate((None, mesh)):
         model = model_of(name, which, run.dtype)
         costs = [Traffic()]
-        with attached(model, pool, run, own_mesh), torch.no_grad(), count_traffic() as costs[0]:
-            with gd.query_scores(model, similarity):
-                costs[0] = Traffic(dict(costs[0].collectives), dict(costs[0].sent), costs[0].host_syncs)
-                logits = []
-                for _ in range(2):
-                    with count_traffic() as each:
-                        logits.append(forward(model, run, mesh.rank))
-                    costs.append(each)
+        with attached(model, pool, run, own_mesh), torch.no_grad(), contextlib.ExitStack() as stack:
+            with count_traffic() as costs[0]:
+                stack.enter_context(gd.query_scores(model, similarity))
+            logits = []
+            for _ in range(2):
+                with count_traffic() as each:
+                    logits.append(forward(model, run, mesh.rank))
+                costs.append(each)
         found.append(torch.stack(logits))
     return relative_error(found[1], found[0]), costs

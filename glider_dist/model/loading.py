@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from glider_dist.errors import GliderError
 from glider_dist.lora.bank import SiteBank, stack_site
 from glider_dist.model.sites import linear_sites
 from glider_dist.parallel.mesh import Mesh
@@ -56,16 +57,27 @@ class Part:
 def load_part(
     model: nn.Module, pool: ExpertPool, dtype: torch.dtype, with_gates: bool, mesh: Mesh, placement: Placement
 ) -> Part:
-    """Read this rank's own experts, and exchange what all ranks must know of each other's (a collective)."""
+    """Read this rank's own experts, and exchange what all ranks must know of each other's (a collective).
+
+    Raises:
+        GliderError: on every rank, if one of them cannot read its experts.
+    """
     known = {name: site.shape for name, site in linear_sites(model).items()}
     owned = placement.owned(mesh.expert_rank)
-    weights = {expert: _read(pool, pool.names[expert], known) for expert in owned}
-    own = {
-        expert: {site: (lora.A.shape[0], lora.scale) for site, lora in loras.items()}
-        for expert, loras in weights.items()
-    }
-    everyone: list[Any] = [None] * mesh.expert_parallel
-    dist.all_gather_object(everyone, own, group=mesh.expert_group)
+    own: dict[int, dict[str, tuple[int, float]]] | str
+    try:
+        weights = {expert: _read(pool, pool.names[expert], known) for expert in owned}
+        own = {
+            expert: {site: (lora.A.shape[0], lora.scale) for site, lora in loras.items()}
+            for expert, loras in weights.items()
+        }
+    except GliderError as error:
+        own = str(error)  # the others would wait
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    if message := next((told for told in everyone if isinstance(told, str)), None):
+        raise GliderError(message)
+    everyone = [everyone[rank] for rank in mesh.expert_ranks]
     facts: dict[int, dict[str, tuple[int, float]]] = {
         expert: sites for part in everyone for expert, sites in part.items()
     }

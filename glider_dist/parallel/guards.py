@@ -17,12 +17,11 @@ from glider_dist.lora.bank import SiteBank
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement
 from glider_dist.pool import ExpertPool
-from glider_dist.pool.adapter import WEIGHTS_FILE
 
 
 def check_same_pool(mesh: Mesh, pool: ExpertPool, placement: Placement) -> None:
     """Raises GliderError, naming the rank, if ranks see another pool (names, files) or placement than rank 0."""
-    files = [(name, pool.expert(name).card().get("files", {}).get(WEIGHTS_FILE)) for name in pool.names]
+    files = [(name, sorted(pool.expert(name).card().get("files", {}).items())) for name in pool.names]
     facts = {"pool": _digest(files), "placement of experts": _digest([placement.owner, placement.ranks])}
     facts["mesh"] = _digest([mesh.expert_parallel, mesh.data_parallel])
     everyone: list[Any] = [None] * dist.get_world_size()
