@@ -28,7 +28,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 ALPHAS: dict[str, Any] = {"alpha_in": 6.0, "alpha_out": 1.5, "threshold": 0.5}
 # The experts of one exchange cost more than its few tokens, but nothing once they are cached.
-CROSSING = Costs(latency_s=1e-6, bandwidth=1e6, flops=1e15, group_s=0.0, copy=1e15)
+CROSSING = Costs(1e-6, 1e-6, 1e-6, 1e-6, bandwidth=1e6, flops=1e15, group_s=0.0, copy=1e15)
 ROUTERS = {
     "glider": gd.RouterConfig(**ALPHAS),
     "topp": gd.RouterConfig(top_p=0.7, **ALPHAS),
