@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rank_cases import mesh_of, relative_error
@@ -14,7 +16,6 @@ from rank_cases import mesh_of, relative_error
 import glider_dist as gd
 from glider_dist.model.attach import context_of
 from glider_dist.model.recompute import recomputed
-from glider_dist.parallel.cost import Costs
 from glider_dist.parallel.exchange import Traffic, count_traffic
 from glider_dist.parallel.placement import Placement, balanced
 from glider_dist.testing import tiny_causal, tiny_encoder_decoder, tiny_qwen, tiny_seq2seq
@@ -27,8 +28,6 @@ MODELS: dict[str, Callable[[], Any]] = {
     "bert": tiny_encoder_decoder,
 }
 ALPHAS: dict[str, Any] = {"alpha_in": 6.0, "alpha_out": 1.5, "threshold": 0.5}
-# The experts of one exchange cost more than its few tokens, but nothing once they are cached.
-CROSSING = Costs(latency_s=1e-6, bandwidth=1e6, flops=1e15, group_s=0.0, copy=1e15)
 ROUTERS = {
     "glider": gd.RouterConfig(**ALPHAS),
     "topp": gd.RouterConfig(top_p=0.7, **ALPHAS),
@@ -61,7 +60,6 @@ class Run:
     cache_bytes: int = 1 << 30
     forwards: int = 2
     experts: int = EXPERTS
-    costs: Costs | None = None
     dtype: torch.dtype = torch.float64
 
 
@@ -141,7 +139,7 @@ def attached(model: Any, pool: gd.ExpertPool, run: Run, mesh: gd.Mesh | None) ->
         place = balanced(pool.names, mesh.expert_parallel, {name: 1.0 * i for i, name in enumerate(pool.names)})
     gd.attach_pool(
         model, pool, ROUTERS[run.router], mesh, run.dispatch if mesh is not None else "auto", run.dtype, place,
-        run.costs, cache_bytes=run.cache_bytes,
+        cache_bytes=run.cache_bytes,
     )  # fmt: skip
     context = context_of(model)
     context.gated = run.gated
@@ -226,6 +224,13 @@ def compare(run: Run, path: str) -> Found:
 
 def compare_all(runs: list[Run], path: str) -> list[Found]:
     return [compare(run, path) for run in runs]
+
+
+def alternate(run: Run, path: str) -> Found:
+    """The same where each forward of each group takes another strategy than the last ones."""
+    ways = itertools.cycle(["all_to_all", "gather", "gather"])
+    with patch("glider_dist.parallel.dispatch.Dispatch._cheaper", lambda *_: next(ways)):
+        return compare(run, path)
 
 
 def evaluate_between_steps(path: str, dispatch: str) -> tuple[float, float]:

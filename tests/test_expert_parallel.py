@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from rank_models import (
-    CROSSING,
     MODELS,
     Found,
     Run,
+    alternate,
     compare_all,
     evaluate_between_steps,
     generate_all,
@@ -100,12 +100,12 @@ def test_recomputed_activations_are_made_as_they_were(local_ranks: Ranks, pools,
     check(runs, local_ranks(2).run(compare_all, runs, pools(name)))
 
 
-def test_the_same_forward_may_change_strategy_between_steps_but_not_within_one(local_ranks: Ranks, pools):
-    # Free to send, or free to fetch once cached: the cheaper one changes while the cache fills.
-    runs = [Run("llama", "glider", "auto", checkpointing=True, train=False, forwards=4, costs=CROSSING)]
-    results = local_ranks(2).run(compare_all, runs, pools("llama"))
-    check(runs, results)
-    assert all(min(found[0].chosen.values()) > 0 for found in results)
+def test_auto_may_change_its_mind_between_forwards_but_not_when_one_is_repeated(local_ranks: Ranks, pools):
+    for train in (True, False):
+        run = Run("llama", "glider", "auto", checkpointing=True, train=train, forwards=4, cache_bytes=20_000)
+        found = local_ranks(2).run(alternate, run, pools("llama"))
+        check([run], [[each] for each in found])
+        assert all(min(each.chosen.values()) > 0 for each in found)
 
 
 def test_ranks_that_each_hold_all_experts_exchange_nothing(local_ranks: Ranks, pools):
