@@ -35,6 +35,7 @@ ROUTERS = {
     "global": gd.RouterConfig(kind="global", top_k=1, **ALPHAS),
     "shortlist": gd.RouterConfig(shortlist=3, **ALPHAS),
     "arrow": gd.RouterConfig(kind="arrow"),
+    "listed arrow": gd.RouterConfig(local="arrow", shortlist=2, **ALPHAS),
     "arrow shortlist": gd.RouterConfig(kind="arrow", shortlist=1),
     "glider arrow": gd.RouterConfig(local="arrow", **ALPHAS),
     "oracle": gd.RouterConfig(kind="oracle"),
@@ -325,13 +326,15 @@ def generate_all(
 # A shortlist ------------------------------------------------------------------------------------------------
 
 
-def shortlisted(name: str, path: str, parts: int, dispatch: str, never: bool) -> tuple[float, list[Traffic]]:
+def shortlisted(
+    name: str, router: str, path: str, parts: int, dispatch: str, never: bool
+) -> tuple[float, list[Traffic]]:
     """The largest error, and the traffic of entering the scores and of each of two forwards inside.
 
     Args:
         never: the first rank's queries may use no expert at all.
     """
-    run = Run(name, "shortlist", dispatch, parts, train=False)
+    run = Run(name, router, dispatch, parts, train=False)
     mesh = mesh_of(parts)
     pool = gd.ExpertPool.open(path)
     batch = batch_of(run, mesh.rank)

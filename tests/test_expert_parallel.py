@@ -171,13 +171,12 @@ def test_cached_decoding_exchanges_once_per_group_and_step(local_ranks: Ranks, p
             assert traffic.collectives["counts"] == sites + 5 * step
 
 
-@pytest.mark.parametrize("dispatch", ["auto", "local"])
+@pytest.mark.parametrize(("dispatch", "router"), [("auto", "shortlist"), ("local", "listed arrow")])
 @pytest.mark.parametrize(("name", "world", "parts"), [("llama", 2, 2), ("t5", 3, 3), ("qwen", 4, 2)])
-def test_a_shortlist_is_fetched_once_and_then_nothing_moves(
-    local_ranks: Ranks, pools, name, world, parts, dispatch
-):
+def test_a_shortlist_is_fetched_once(local_ranks: Ranks, pools, name, world, parts, dispatch, router):
     for never in (False, True):
-        for error, costs in local_ranks(world).run(shortlisted, name, pools(name), parts, dispatch, never):
+        results = local_ranks(world).run(shortlisted, name, router, pools(name), parts, dispatch, never)
+        for error, costs in results:
             assert error < 1e-9
             entered, *forwards = costs
             assert entered.collectives == {"counts": 1, "experts": 1}

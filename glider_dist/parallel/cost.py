@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from glider_dist.lora.grouped import grouped_product
+from glider_dist.parallel.exchange import gather_objects
 from glider_dist.parallel.mesh import Mesh
 
 Numbers = np.ndarray[Any, Any]
@@ -149,10 +150,9 @@ def measure_costs(mesh: Mesh, device: torch.device) -> Costs:
 
 def _slowest(found: dict[str, float], mesh: Mesh) -> dict[str, float]:
     """The worst of each constant over the group: all ranks must decide alike."""
-    rows: list[Any] = [found]
+    rows = [found]
     if mesh.expert_group is not None:
-        rows = [None] * mesh.expert_parallel
-        dist.all_gather_object(rows, found, group=mesh.expert_group)
+        rows = gather_objects("costs", found, mesh.expert_group)
     worst: dict[str, Callable[[Sequence[float]], float]] = {"latency_s": max, "group_s": max}
     return {name: worst.get(name, min)([row[name] for row in rows]) for name in found}
 
