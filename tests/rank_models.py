@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rank_cases import mesh_of, relative_error
@@ -14,7 +16,6 @@ from rank_cases import mesh_of, relative_error
 import glider_dist as gd
 from glider_dist.model.attach import context_of
 from glider_dist.model.recompute import recomputed
-from glider_dist.parallel.cost import Costs
 from glider_dist.parallel.exchange import Traffic, count_traffic
 from glider_dist.parallel.placement import Placement, balanced
 from glider_dist.testing import tiny_causal, tiny_encoder_decoder, tiny_qwen, tiny_seq2seq
@@ -27,8 +28,6 @@ MODELS: dict[str, Callable[[], Any]] = {
     "bert": tiny_encoder_decoder,
 }
 ALPHAS: dict[str, Any] = {"alpha_in": 6.0, "alpha_out": 1.5, "threshold": 0.5}
-# The experts of one exchange cost more than its few tokens, but nothing once they are cached.
-CROSSING = Costs(1e-6, 1e-6, 1e-6, 1e-6, bandwidth=1e6, flops=1e15, group_s=0.0, copy=1e15)
 ROUTERS = {
     "glider": gd.RouterConfig(**ALPHAS),
     "topp": gd.RouterConfig(top_p=0.7, **ALPHAS),
@@ -36,6 +35,7 @@ ROUTERS = {
     "global": gd.RouterConfig(kind="global", top_k=1, **ALPHAS),
     "shortlist": gd.RouterConfig(shortlist=3, **ALPHAS),
     "arrow": gd.RouterConfig(kind="arrow"),
+    "listed arrow": gd.RouterConfig(local="arrow", shortlist=2, **ALPHAS),
     "arrow shortlist": gd.RouterConfig(kind="arrow", shortlist=1),
     "glider arrow": gd.RouterConfig(local="arrow", **ALPHAS),
     "oracle": gd.RouterConfig(kind="oracle"),
@@ -61,7 +61,6 @@ class Run:
     cache_bytes: int = 1 << 30
     forwards: int = 2
     experts: int = EXPERTS
-    costs: Costs | None = None
     dtype: torch.dtype = torch.float64
 
 
@@ -141,7 +140,7 @@ def attached(model: Any, pool: gd.ExpertPool, run: Run, mesh: gd.Mesh | None) ->
         place = balanced(pool.names, mesh.expert_parallel, {name: 1.0 * i for i, name in enumerate(pool.names)})
     gd.attach_pool(
         model, pool, ROUTERS[run.router], mesh, run.dispatch if mesh is not None else "auto", run.dtype, place,
-        run.costs, cache_bytes=run.cache_bytes,
+        cache_bytes=run.cache_bytes,
     )  # fmt: skip
     context = context_of(model)
     context.gated = run.gated
@@ -226,6 +225,13 @@ def compare(run: Run, path: str) -> Found:
 
 def compare_all(runs: list[Run], path: str) -> list[Found]:
     return [compare(run, path) for run in runs]
+
+
+def alternate(run: Run, path: str) -> Found:
+    """The same where each forward of each group takes another strategy than the last ones."""
+    ways = itertools.cycle(["all_to_all", "gather", "gather"])
+    with patch("glider_dist.parallel.dispatch.Dispatch._cheaper", lambda *_: next(ways)):
+        return compare(run, path)
 
 
 def evaluate_between_steps(path: str, dispatch: str) -> tuple[float, float]:
@@ -320,13 +326,15 @@ def generate_all(
 # A shortlist ------------------------------------------------------------------------------------------------
 
 
-def shortlisted(name: str, path: str, parts: int, dispatch: str, never: bool) -> tuple[float, list[Traffic]]:
+def shortlisted(
+    name: str, router: str, path: str, parts: int, dispatch: str, never: bool
+) -> tuple[float, list[Traffic]]:
     """The largest error, and the traffic of entering the scores and of each of two forwards inside.
 
     Args:
         never: the first rank's queries may use no expert at all.
     """
-    run = Run(name, "shortlist", dispatch, parts, train=False)
+    run = Run(name, router, dispatch, parts, train=False)
     mesh = mesh_of(parts)
     pool = gd.ExpertPool.open(path)
     batch = batch_of(run, mesh.rank)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from rank_models import (
-    CROSSING,
     MODELS,
     Found,
     Run,
+    alternate,
     compare_all,
     evaluate_between_steps,
     generate_all,
@@ -100,12 +100,12 @@ def test_recomputed_activations_are_made_as_they_were(local_ranks: Ranks, pools,
     check(runs, local_ranks(2).run(compare_all, runs, pools(name)))
 
 
-def test_the_same_forward_may_change_strategy_between_steps_but_not_within_one(local_ranks: Ranks, pools):
-    # Free to send, or free to fetch once cached: the cheaper one changes while the cache fills.
-    runs = [Run("llama", "glider", "auto", checkpointing=True, train=False, forwards=4, costs=CROSSING)]
-    results = local_ranks(2).run(compare_all, runs, pools("llama"))
-    check(runs, results)
-    assert all(min(found[0].chosen.values()) > 0 for found in results)
+def test_auto_may_change_its_mind_between_forwards_but_not_when_one_is_repeated(local_ranks: Ranks, pools):
+    for train in (True, False):
+        run = Run("llama", "glider", "auto", checkpointing=True, train=train, forwards=4, cache_bytes=20_000)
+        found = local_ranks(2).run(alternate, run, pools("llama"))
+        check([run], [[each] for each in found])
+        assert all(min(each.chosen.values()) > 0 for each in found)
 
 
 def test_ranks_that_each_hold_all_experts_exchange_nothing(local_ranks: Ranks, pools):
@@ -171,13 +171,12 @@ def test_cached_decoding_exchanges_once_per_group_and_step(local_ranks: Ranks, p
             assert traffic.collectives["counts"] == sites + 5 * step
 
 
-@pytest.mark.parametrize("dispatch", ["auto", "local"])
+@pytest.mark.parametrize(("dispatch", "router"), [("auto", "shortlist"), ("local", "listed arrow")])
 @pytest.mark.parametrize(("name", "world", "parts"), [("llama", 2, 2), ("t5", 3, 3), ("qwen", 4, 2)])
-def test_a_shortlist_is_fetched_once_and_then_nothing_moves(
-    local_ranks: Ranks, pools, name, world, parts, dispatch
-):
+def test_a_shortlist_is_fetched_once(local_ranks: Ranks, pools, name, world, parts, dispatch, router):
     for never in (False, True):
-        for error, costs in local_ranks(world).run(shortlisted, name, pools(name), parts, dispatch, never):
+        results = local_ranks(world).run(shortlisted, name, router, pools(name), parts, dispatch, never)
+        for error, costs in results:
             assert error < 1e-9
             entered, *forwards = costs
             assert entered.collectives == {"counts": 1, "experts": 1}

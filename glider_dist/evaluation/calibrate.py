@@ -26,6 +26,7 @@ from glider_dist.evaluation.queries import QueryRunner, make_queries, queries_di
 from glider_dist.evaluation.routers import router_scope, router_settings
 from glider_dist.job import Job
 from glider_dist.model.attach import detach, set_router
+from glider_dist.pool.calibration import CALIBRATION_FILE, made_for
 from glider_dist.pool.files import write_json
 from glider_dist.semantics.global_router import global_router, query_settings
 from glider_dist.semantics.index import FILE
@@ -90,10 +91,11 @@ def run(job: Job) -> None:
     chosen = choose(losses, best, cfg.calibrate.alphas)
     if job.ranks.is_main:
         write_json(
-            pool.router_dir / "calibration.json",
+            pool.router_dir / CALIBRATION_FILE,
             {
                 **chosen,
                 "key": key,
+                "made_for": made_for(pool, index),
                 "queries": len(queries),
                 "embedder": cfg.embedder,
                 "mean_loss": _mean_losses(losses, cfg.calibrate.alphas),

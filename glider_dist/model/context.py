@@ -108,6 +108,10 @@ class RoutingContext:
             active = self._banks_for(strategy, router, chosen)
             if strategy.local == "activation":
                 self.prototypes.load_activations(self.banks)
+            if strategy.local == "arrow" and self.dispatch is not None:
+                # Now, while all ranks are here: they tell each other what they made of their own experts.
+                site, bank = next(iter(self.banks.items()))
+                self.prototypes.of("arrow", site, bank, chosen)
         self.router, self.strategy = router, strategy
         self._general, self._active = chosen, active
         self._bias_BE = self._brought = None

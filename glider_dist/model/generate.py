@@ -29,7 +29,8 @@ def generate(model: nn.Module, **inputs: Any) -> Any:
     """
     base: Any = model
     context = context_of(model)
-    synced = bool(inputs.pop("synced_gpus", None)) or context.exchanges
+    asked = inputs.pop("synced_gpus", None)
+    synced = True if context.exchanges else asked
     prompts = next(inputs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in inputs)
     if len(prompts):
         with _idle_when_done(base, context):

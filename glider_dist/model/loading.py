@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from glider_dist.errors import GliderError
 from glider_dist.lora.bank import SiteBank, stack_site
 from glider_dist.model.sites import linear_sites
+from glider_dist.parallel.exchange import gather_objects
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement
 from glider_dist.pool import ExpertPool
@@ -73,8 +72,7 @@ def load_part(
         }
     except GliderError as error:
         own = str(error)  # the others would wait
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    everyone = gather_objects("shapes of experts", own)
     if message := next((told for told in everyone if isinstance(told, str)), None):
         raise GliderError(message)
     everyone = [everyone[rank] for rank in mesh.expert_ranks]

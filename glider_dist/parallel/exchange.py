@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,15 @@ def all_gather_rows(name: str, row: torch.Tensor, group: dist.ProcessGroup) -> t
     rows = row.new_empty(ranks, row.numel())
     _guarded(name, group, lambda: dist.all_gather(list(rows.unbind()), row.contiguous(), group=group))
     return rows
+
+
+def gather_objects(name: str, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """``value`` of every rank of the group (None: of the job), in order of rank; for start-up, not counted."""
+    group = group or dist.group.WORLD
+    assert group is not None
+    values: list[Any] = [None] * dist.get_world_size(group)
+    _guarded(name, group, lambda: dist.all_gather_object(values, value, group=group))
+    return values
 
 
 def all_to_all(

@@ -10,10 +10,10 @@ import hashlib
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from glider_dist.errors import GliderError
 from glider_dist.lora.bank import SiteBank
+from glider_dist.parallel.exchange import gather_objects
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement
 from glider_dist.pool import ExpertPool
@@ -24,8 +24,7 @@ def check_same_pool(mesh: Mesh, pool: ExpertPool, placement: Placement) -> None:
     files = [(name, sorted(pool.expert(name).card().get("files", {}).items())) for name in pool.names]
     facts = {"pool": _digest(files), "placement of experts": _digest([placement.owner, placement.ranks])}
     facts["mesh"] = _digest([mesh.expert_parallel, mesh.data_parallel])
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, facts)
+    everyone = gather_objects("pool and placement", facts)
     for what in facts:
         odd = [str(rank) for rank, other in enumerate(everyone) if other[what] != everyone[0][what]]
         if odd:
@@ -39,13 +38,14 @@ def check_replicas(mesh: Mesh, placement: Placement, banks: dict[str, SiteBank])
     """Raises GliderError, naming expert, site and ranks, unless all replicas hold the same bits."""
     if mesh.replica_group is None:
         return
-    own = checksums(banks)
-    everyone: list[Any] = [None] * len(mesh.replica_ranks)
-    dist.all_gather_object(everyone, own, group=mesh.replica_group)
+    everyone = gather_objects("checksums of experts", checksums(banks), mesh.replica_group)
     names = [placement.names[expert] for expert in placement.owned(mesh.expert_rank)]
     for rank, other in zip(mesh.replica_ranks, everyone, strict=True):
-        for site, sums in everyone[0].items():
-            for name, first, here in zip(names, sums, other.get(site, []), strict=True):
+        for site in {**everyone[0], **other}:
+            unknown = [None] * len(names)
+            for name, first, here in zip(
+                names, everyone[0].get(site, unknown), other.get(site, unknown), strict=True
+            ):
                 if first != here:
                     raise GliderError(
                         f"expert {name!r} differs at {site} between rank {mesh.replica_ranks[0]} and rank {rank}, "

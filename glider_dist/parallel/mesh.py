@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from glider_dist.errors import GliderError
+from glider_dist.parallel.exchange import all_gather_rows
 from glider_dist.parallel.placement import Placement
 
 
@@ -103,7 +104,6 @@ def gather_rows(own: dict[str, torch.Tensor], mesh: Mesh, placement: Placement) 
     for site, rows in own.items():
         padded = rows.new_zeros(most, rows.shape[1])
         padded[: len(rows)] = rows
-        everyone = [torch.empty_like(padded) for _ in range(placement.ranks)]
-        dist.all_gather(everyone, padded, group=mesh.expert_group)
-        found[site] = torch.cat(everyone)[order.to(rows.device)]
+        everyone = all_gather_rows("prototypes", padded.flatten(), mesh.expert_group)
+        found[site] = everyone.view(-1, rows.shape[1])[order.to(rows.device)]
     return found

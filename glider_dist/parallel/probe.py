@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from glider_dist.lora.bank import SiteBank
 from glider_dist.lora.grouped import grouped_product
 from glider_dist.parallel.cost import Costs
 from glider_dist.parallel.dispatch import Dispatch
+from glider_dist.parallel.exchange import gather_objects
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import contiguous
 from glider_dist.routing.route import Route
@@ -22,10 +22,9 @@ from glider_dist.routing.route import Route
 def measure_costs(mesh: Mesh, device: torch.device) -> Costs:
     """The constants of this machine; the same on all ranks of the expert-parallel group, which all call it."""
     found = {**_fixed(mesh, device), **_rates(mesh, device)}
-    rows: list[Any] = [found]
+    rows = [found]
     if mesh.expert_group is not None:
-        rows = [None] * mesh.expert_parallel
-        dist.all_gather_object(rows, found, group=mesh.expert_group)
+        rows = gather_objects("costs", found, mesh.expert_group)
     # All must decide alike, and the slowest rank sets the pace.
     worst: dict[str, Callable[[Sequence[float]], float]] = {"bandwidth": min, "flops": min, "copy": min}
     return Costs(**{name: worst.get(name, max)([row[name] for row in rows]) for name in found})
