@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 
 USAGE = """usage: glider-dist bench layer [--ranks 1]
        glider-dist bench dispatch [--ranks N]
+       glider-dist bench embeddings
        deepspeed --num_gpus N --module glider_dist bench evaluate [CONFIG.yaml] [key=value ...]
 
-layer     a routed layer in one process, against one LoRA, a loop over experts, and every expert on every token
-dispatch  one exchange between N processes on gloo, by each strategy, forward and backward
-evaluate  seconds per query of evaluate.routers and their ratios to the base alone (with the settings of evaluate)
+layer       a routed layer in one process, against one LoRA, a loop over experts, and every expert on every token
+dispatch    one exchange between N processes on gloo, by each strategy, forward and backward
+embeddings  the embedding service against the bare model: throughput at 1, 8 and 32 clients, cached texts, memory
+evaluate    seconds per query of evaluate.routers and their ratios to the base alone (with the settings of evaluate)
 
 Each prints a table and writes bench_WHAT.json into run_dir (default runs/bench).
 """
@@ -32,15 +34,17 @@ def run(arguments: Arguments) -> int:
 
         run_stage("bench", read_config(arguments.file, arguments.overrides, {}), evaluation.run)
         return 0
-    from glider_dist.bench import dispatch, layer
+    from glider_dist.bench import dispatch, embeddings, layer
 
     folder = _folder(arguments)
     if what == "layer":
         layer.run(folder)
     elif what == "dispatch":
         dispatch.run(folder, arguments.ranks or 2)
+    elif what == "embeddings":
+        embeddings.run(folder)
     else:
-        raise GliderError(f"bench knows layer, dispatch and evaluate, not {what!r}")
+        raise GliderError(f"bench knows layer, dispatch, embeddings and evaluate, not {what!r}")
     return 0
 
 

@@ -14,8 +14,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -29,38 +30,11 @@ from glider_dist.semantics.auto import OwnService
 from glider_dist.semantics.client import RemoteEmbedder
 from glider_dist.semantics.embedder import Embedder
 
-_WORDS = [
-    "translate",
-    "sentence",
-    "french",
-    "english",
-    "word",
-    "plural",
-    "negative",
-    "positive",
-    "review",
-    "film",
-    "question",
-    "answer",
-    "number",
-    "city",
-    "capital",
-    "country",
-    "sentiment",
-    "topic",
-    "news",
-    "headline",
-    "rhyme",
-    "opposite",
-    "meaning",
-    "grammar",
-    "date",
-    "person",
-    "name",
-    "language",
-    "code",
-    "write",
-]
+_WORDS = (
+    *("translate", "sentence", "french", "english", "word", "plural", "negative", "positive", "review", "film"),
+    *("question", "answer", "number", "city", "capital", "country", "sentiment", "topic", "news", "headline"),
+    *("rhyme", "opposite", "meaning", "grammar", "date", "person", "name", "language", "code", "write"),
+)
 _CLIENTS = (1, 8, 32)
 _REQUEST = 64
 
@@ -112,10 +86,11 @@ def _throughput(cfg: Config, service: OwnService, local: Embedder, texts: int, r
         for clients in _CLIENTS:
             # Fresh texts each time: nothing of this part comes from a cache.
             part = _texts(texts, f"{turn} {clients}")
-            bare, bare_cost = _timed(lambda p=part: model.encode(p, batch_size=32, show_progress_bar=False), None)  # type: ignore[misc]
+            encode = partial(model.encode, part, batch_size=32, show_progress_bar=False)
+            bare, bare_cost = _timed(encode, psutil.Process())
             remotes = [_client(cfg, service) for _ in range(clients)]
             shares = [part[i::clients] for i in range(clients)]
-            served, cost = _timed(lambda r=remotes, s=shares: _all(r, s), process)  # type: ignore[misc]
+            served, cost = _timed(partial(_all, remotes, shares), process)
             for remote in remotes:
                 remote.close()
             rates.append(texts / bare)
@@ -135,13 +110,11 @@ def _all(remotes: Sequence[RemoteEmbedder], shares: Sequence[list[str]]) -> None
         list(threads.map(lambda pair: pair[0].embed(pair[1]), zip(remotes, shares, strict=True)))
 
 
-def _timed(work: object, process: psutil.Process | None) -> tuple[float, float]:
-    """Seconds by the clock and of processor time, of ``process`` or of this one."""
-    assert callable(work)
-    watched = process or psutil.Process()
-    before, started = sum(watched.cpu_times()[:2]), time.perf_counter()
+def _timed(work: Callable[[], object], process: psutil.Process) -> tuple[float, float]:
+    """Seconds by the clock, and of processor time of ``process``."""
+    before, started = sum(process.cpu_times()[:2]), time.perf_counter()
     work()
-    return time.perf_counter() - started, max(sum(watched.cpu_times()[:2]) - before, 1e-3)
+    return time.perf_counter() - started, max(sum(process.cpu_times()[:2]) - before, 1e-3)
 
 
 def _cached(service: OwnService, cfg: Config, requests: int) -> dict[str, object]:
