@@ -18,7 +18,7 @@ USAGE = """usage: glider-dist bench layer [--ranks 1]
 layer       a routed layer in one process, against one LoRA, a loop over experts, and every expert on every token
 dispatch    one exchange between N processes on gloo, by each strategy, forward and backward
 embeddings  the embedding service against the bare model: throughput at 1, 8 and 32 clients, cached texts, memory
-evaluate    seconds per query of evaluate.routers and their ratios to the base alone (with the settings of evaluate)
+evaluate    seconds per query of evaluate.routers and their ratios to the base alone (settings of evaluate)
 
 Each prints a table and writes bench_WHAT.json into run_dir (default runs/bench).
 """
