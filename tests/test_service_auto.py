@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from small_jobs import environment, finish, launch, settings, start, write_tasks
+from small_jobs import environment, finish, launch, program, settings, start, write_tasks
 
 from glider_dist.pool import ExpertPool
 from glider_dist.semantics.index import read_index
@@ -163,6 +164,33 @@ def test_all_ranks_of_an_evaluation_share_one_service_and_nothing_of_it_is_recor
     assert "http://127.0.0.1" not in recorded + shared.err + shared.out
 
 
+def test_a_service_killed_in_an_evaluation_loses_no_query_and_changes_no_result(job: Callable[..., list[str]]):
+    folder: Path = job.folder  # type: ignore[attr-defined]
+    before = services()
+    words = job("evaluate", "struck", evaluate__routers="[glider]", service__url="auto", evaluate__batch_size=2)
+    torchrun = [program("torchrun"), "--nproc_per_node", "2", "--standalone", "-m", "glider_dist"]
+    process = start([*torchrun, *words], folder)
+    killed: set[int] = set()
+
+    def strike() -> None:
+        while process.poll() is None and len(killed) < 2:
+            for pid in services() - before - killed:
+                time.sleep(0.3 if killed else 1.5)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            time.sleep(0.05)
+
+    striking = threading.Thread(target=strike)
+    striking.start()
+    done = finish(process, 400)
+    striking.join()
+    assert done.code == 0, done.err
+    assert killed
+    assert "started again" in done.err
+    assert answers(folder / "struck") == answers(folder / "alone")
+
+
 def test_an_index_made_with_the_service_is_the_same(job: Callable[..., list[str]]):
     folder: Path = job.folder  # type: ignore[attr-defined]
     pool = ExpertPool.open(folder / "pool")
@@ -182,7 +210,7 @@ def test_a_launcher_killed_with_its_ranks_leaves_no_service(job: Callable[..., l
     folder: Path = job.folder  # type: ignore[attr-defined]
     before = services()
     words = job("evaluate", "killed", evaluate__routers="[glider]", service__url="auto")
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--standalone"]
+    torchrun = [program("torchrun"), "--nproc_per_node", "2", "--standalone"]
     process = subprocess.Popen(
         [*torchrun, "-m", "glider_dist", *words],
         cwd=folder,

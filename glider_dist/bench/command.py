@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 USAGE = """usage: glider-dist bench layer|arrow|cotrain
        glider-dist bench dispatch [--ranks N]
+       glider-dist bench embeddings
        deepspeed --num_gpus N --module glider_dist bench evaluate|without-gates [CONFIG.yaml] [key=value ...]
 
 layer          a routed layer in one process, against one LoRA, a loop over experts, every expert on every token
 dispatch       one exchange between N processes on gloo, by each strategy, forward and backward
 arrow          Arrow here and in PEFT: time and memory at 8, 32 and 128 adapters
 cotrain        many experts in one job, against one after another
+embeddings     the embedding service against the bare model: throughput, cached texts, memory
 evaluate       seconds per query of evaluate.routers, and their ratios to the base alone (settings of evaluate)
 without-gates  scores of the routers that need no gates, beside random adapters (settings of evaluate)
 
@@ -42,16 +44,18 @@ def run(arguments: Arguments) -> int:
         cfg = read_config(arguments.file, arguments.overrides, {})
         run_stage("bench", cfg, importlib.import_module(_STAGES[what]).run)
         return 0
-    from glider_dist.bench import cotrain, dispatch, layer
+    from glider_dist.bench import cotrain, dispatch, embeddings, layer
 
     if what == "layer":
         layer.run(_folder(arguments))
     elif what == "dispatch":
         dispatch.run(_folder(arguments), arguments.ranks or 2)
+    elif what == "embeddings":
+        embeddings.run(_folder(arguments))
     elif what == "cotrain":
         cotrain.main([])
     else:
-        known = ", ".join(["layer", "dispatch", "cotrain", *_STAGES])
+        known = ", ".join(["layer", "dispatch", "embeddings", "cotrain", *_STAGES])
         raise GliderError(f"bench knows {known}, not {what!r}")
     return 0
 

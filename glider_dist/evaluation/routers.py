@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +28,7 @@ from glider_dist.pool import ExpertPool
 from glider_dist.routing.strategies import needs_scores, strategy_of
 from glider_dist.semantics.global_router import Ahead, GlobalRouter
 
+log = logging.getLogger(__name__)
 HINDSIGHT_QUERIES = 16
 
 
@@ -86,6 +88,7 @@ def evaluate_router(
     scope = router_scope(model, used, similarity, own)
     texts = runner.answers([queries[i].encoded for i in mine], cfg.evaluate.max_new_tokens, scope)
     seconds = max(job.ranks.gather(time.perf_counter() - started))
+    waited = similarity.waited if similarity is not None else 0.0
     choices: list[int | None] = [None] * len(mine)
     if cfg.evaluate.rank_classification:
         choices = rank_choices(model, job.collator, [queries[i] for i in mine], cfg.evaluate.batch_size, scope)
@@ -94,7 +97,7 @@ def evaluate_router(
     if similarity is not None and router is not None:
         scores = similarity.all()
         similarity.close()
-        latency = _latency(job, router, before, seconds)
+        latency = _latency(job, router, before, waited, seconds)
     rows = []
     for place, i in enumerate(mine):
         first = None
@@ -106,12 +109,18 @@ def evaluate_router(
     return result, {**_routing(job, model, pool), "seconds": latency}
 
 
-def _latency(job: Job, router: GlobalRouter, before: dict[str, float], seconds: float) -> dict[str, float]:
-    """Where the time of the slowest rank went; the parts before the model run beside it, a batch ahead."""
-    spent = job.ranks.gather({key: value - before[key] for key, value in router.seconds.items()})
+def _latency(
+    job: Job, router: GlobalRouter, before: dict[str, float], waited: float, seconds: float
+) -> dict[str, float]:
+    """Seconds of the slowest rank for each part; all but ``waiting`` and ``model`` run a batch ahead."""
+    spent = {**{key: value - before[key] for key, value in router.seconds.items()}, "waiting": waited}
+    ranks = job.ranks.gather(spent)
+    parts = {key: round(max(each[key] for each in ranks), 6) for key in spent}
+    parts["model"] = round(seconds - parts["waiting"], 6)
+    if job.ranks.is_main:
+        log.info("seconds: %s", ", ".join(f"{key} {value:.3f}" for key, value in parts.items()))
     plain = sum(job.ranks.gather(router.describer.plain if router.describer is not None else 0))
-    parts = {key: round(max(each[key] for each in spent), 6) for key in before}
-    return {**parts, "model": round(seconds, 6), "queries_without_description": plain}
+    return {**parts, "queries_without_description": plain}
 
 
 def _result(query: Query, text: str, choice: int | None, own_first: bool | None) -> QueryResult:

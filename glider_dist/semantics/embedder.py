@@ -161,7 +161,9 @@ def embed_once(recent: Recent, texts: Sequence[str], compute: Any) -> torch.Tens
     """``compute`` only those texts that are not in ``recent``; ``[len(texts), D]`` fp32."""
     if not texts:
         return torch.zeros(0, 0)
-    keys = [text_key(text.encode("utf-8", "replace").decode()) for text in texts]
+    # Half a surrogate pair, which JSON can hold, has no UTF-8.
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    keys = [text_key(text) for text in texts]
     known = {key: entry for key in dict.fromkeys(keys) if (entry := recent.get(key)) is not None}
     new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
     if new:

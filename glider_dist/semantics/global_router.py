@@ -128,9 +128,13 @@ class Ahead:
 
     Args:
         batches: positions of the queries of each batch; every query belongs to one.
+
+    Attributes:
+        waited: seconds that the model had to wait for similarities.
     """
 
     def __init__(self, router: GlobalRouter, queries: Sequence[str], batches: Sequence[Sequence[int]]):
+        self.waited = 0.0
         self._width = len(router.index.names)
         self._batches = [torch.tensor(list(batch)) for batch in batches]
         self._place = {query: (number, row) for number, b in enumerate(batches) for row, query in enumerate(b)}
@@ -144,8 +148,10 @@ class Ahead:
         a rank without queries keeps in step with the others by a dummy."""
         if not self._place:
             return torch.zeros(len(chosen), self._width)
-        places = [self._place[i] for i in chosen]
-        return torch.stack([self._scores[number].result()[row] for number, row in places])
+        started = time.perf_counter()
+        rows = [self._scores[number].result()[row] for number, row in (self._place[i] for i in chosen)]
+        self.waited += time.perf_counter() - started
+        return torch.stack(rows)
 
     def all(self) -> torch.Tensor:
         """``[queries, E]``."""

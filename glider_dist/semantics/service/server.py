@@ -56,6 +56,11 @@ def run(cfg: Config) -> int:
             f"service.host={settings.host} can be reached from other machines, so a token is needed: "
             f"set {TOKEN} or service.token_file"
         )
+    if settings.max_queue < settings.max_texts:
+        raise GliderError(
+            f"service.max_queue={settings.max_queue} can never take a request of service.max_texts="
+            f"{settings.max_texts}; raise one or lower the other"
+        )
     model = Embedder(cfg.embedder, _device(settings.device))
     served = Served(Path(cfg.embedder).name)
     metrics = Metrics()
