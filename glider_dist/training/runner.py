@@ -58,7 +58,7 @@ class Runner:
     """Runs micro-batches over the slots of one rank. Counts tokens and padding.
 
     Attributes:
-        tokens, padding: trained on so far.
+        tokens, padding, examples: trained on by this process so far.
     """
 
     def __init__(self, frozen: FrozenBase, collator: Collator, slots: Slots):
@@ -67,6 +67,7 @@ class Runner:
         self.slots = slots
         self.tokens = 0
         self.padding = 0
+        self.examples = 0
 
     def train(self, micro: MicroBatch, weights: Sequence[float]) -> torch.Tensor:
         """Add the gradients of ``Σ weight · nll`` to the slots; returns the nll of each row ``[B]``."""
@@ -74,6 +75,7 @@ class Runner:
         batch = self.collator.batch(micro.items)
         real = sum(map(len, micro.items))
         self.tokens += real
+        self.examples += len(micro.items)
         self.padding += batch.tokens - real
         self.slots.serve(context_of(self.frozen.model), micro.lo, micro.hi, collect=True)
         return assigned_nll(

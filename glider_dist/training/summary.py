@@ -25,8 +25,7 @@ def report(job: Job, kind: str, mine: Sequence[Trainee], runner: Runner, seconds
     rows = [
         (t.name, t.progress.losses[-1], t.progress.best_loss, t.progress.tokens, t.progress.stopped) for t in mine
     ]
-    examples = sum(t.progress.step * t.recipe.batch_size for t in mine)
-    parts = job.ranks.gather((rows, runner.tokens, runner.padding, examples, seconds))
+    parts = job.ranks.gather((rows, runner.tokens, runner.padding, runner.examples, seconds))
     everything = [row for part in parts for row in part[0]]
     tokens, padding = sum(part[1] for part in parts), sum(part[2] for part in parts)
     examples = sum(part[3] for part in parts)
