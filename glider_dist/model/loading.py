@@ -13,7 +13,7 @@ from glider_dist.model.sites import linear_sites
 from glider_dist.parallel.exchange import gather_objects
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement
-from glider_dist.pool import ExpertPool
+from glider_dist.pool import Expert, ExpertPool
 from glider_dist.pool.adapter import SiteLora
 from glider_dist.pool.fingerprint import check_gate, check_sites
 
@@ -30,7 +30,7 @@ def load_banks(
         not adapt the site); gates are empty unless ``with_gates``.
     """
     known = {name: site.shape for name, site in linear_sites(model).items()}
-    weights = [_read(pool, name, known) for name in pool.names]
+    weights = [_read(expert, known) for expert in pool.experts()]
     used = [site for site in known if any(site in loras for loras in weights)]
     banks = {site: stack_site([loras.get(site) for loras in weights], known[site], dtype) for site in used}
     return banks, _stack_gates(pool, used, known, dtype) if with_gates else {}
@@ -62,10 +62,10 @@ def load_part(
         GliderError: on every rank, if one of them cannot read its experts.
     """
     known = {name: site.shape for name, site in linear_sites(model).items()}
-    owned = placement.owned(mesh.expert_rank)
+    owned, experts = placement.owned(mesh.expert_rank), pool.experts()
     own: dict[int, dict[str, tuple[int, float]]] | str
     try:
-        weights = {expert: _read(pool, pool.names[expert], known) for expert in owned}
+        weights = {expert: _read(experts[expert], known) for expert in owned}
         own = {
             expert: {site: (lora.A.shape[0], lora.scale) for site, lora in loras.items()}
             for expert, loras in weights.items()
@@ -90,9 +90,9 @@ def load_part(
     return Part(banks, _stack_gates(pool, used, known, dtype) if with_gates else {}, scales, eligible)
 
 
-def _read(pool: ExpertPool, name: str, known: dict[str, tuple[int, int]]) -> dict[str, SiteLora]:
-    loras = pool.expert(name).weights()
-    check_sites(name, {site: (lora.B.shape[0], lora.A.shape[1]) for site, lora in loras.items()}, known)
+def _read(expert: Expert, known: dict[str, tuple[int, int]]) -> dict[str, SiteLora]:
+    loras = expert.weights()
+    check_sites(expert.name, {site: (lora.B.shape[0], lora.A.shape[1]) for site, lora in loras.items()}, known)
     return loras
 
 
