@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from small_jobs import adapters, command, cores, finish, kill, largest_difference, start, write_tasks
 from small_jobs import settings as job_settings
 
+from glider_dist.bench import cotrain as bench
 from glider_dist.model.batch import Encoded
 from glider_dist.model.engine import FrozenBase
 from glider_dist.parallel.ranks import ALONE
@@ -354,3 +355,15 @@ def test_a_killed_stage_goes_on_in_the_middle_of_its_experts(job):
     assert list(unfinished.iterdir()) == []
     assert stage(job, "train-experts", **{**changes, "pool": job / "whole", "run_dir": job / "run2"}).code == 0
     assert largest_difference(adapters(job / "whole"), adapters(job / "pool")) == 0.0
+
+
+def test_the_benchmark_compares_the_ways_on_any_base(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "EXPERTS", 3)
+    monkeypatch.setattr(bench, "start_ranks", lambda: ALONE)
+    there = bench.Bench(str(save_tiny_base(tmp_path, tiny_causal(vocab_size=40000))))
+    bench.batches(there)
+    bench.mixing(there)
+    printed = capsys.readouterr().out
+    assert "2 rows a step: together is" in printed
+    assert "64 experts" in printed

@@ -35,6 +35,7 @@ from glider_dist.training.runner import Runner, installed
 from glider_dist.training.slots import ExpertSlots
 from glider_dist.training.trainee import Recipe, Trainee
 
+BASE = "smollm2-135m"
 RANK, ALPHA, RATE, ANSWER, EXAMPLES = 16, 16, 1e-3, 4, 64
 ROUNDS, EXPERTS = 3, 16
 MANY, STEPS, BATCH, PEFT_RUNS = 32, 20, 2, 3
@@ -43,9 +44,9 @@ MANY, STEPS, BATCH, PEFT_RUNS = 32, 20, 2, 3
 class Bench:
     """The base, loaded once."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: str = BASE) -> None:
         ranks = start_ranks()
-        self.base = load_base("smollm2-135m", "auto", str(ranks.device))
+        self.base = load_base(base, "auto", str(ranks.device))
         self.frozen = FrozenBase(self.base, ranks, 0)
         self.collator = Collator(self.base, 512)
         self.shapes = {name: site.shape for name, site in linear_sites(self.base.model).items()}
@@ -161,7 +162,7 @@ def one_peft(name: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     ranks = start_ranks()
-    base = load_base("smollm2-135m", "auto", str(ranks.device))
+    base = load_base(BASE, "auto", str(ranks.device))
     targets = peft_targets(linear_sites(base.model), base.model)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(base.model, config)
