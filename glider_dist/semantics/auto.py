@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _RESTARTS = 3
 _STOP_SECONDS = 20.0
+_BAD_INPUT = 2  # the exit code that another try would not change
 _PASSED_ON = (
     "device", "max_batch_tokens", "max_wait_ms", "max_texts", "max_body_mb", "max_queue", "cache", "cache_entries",
 )  # fmt: skip
@@ -68,6 +69,16 @@ class OwnService:
         return self._process.pid
 
     def _start(self, port: int) -> tuple[subprocess.Popen[str], str]:
+        """Start the service; once more if it is killed before it has an address."""
+        for _ in range(_RESTARTS):
+            process, url = self._try_start(port)
+            if url:
+                return process, url
+            if process.wait() == _BAD_INPUT:
+                break
+        raise GliderError(f"the embedding service did not start (exit code {process.wait()})")
+
+    def _try_start(self, port: int) -> tuple[subprocess.Popen[str], str]:
         cfg, settings = self._cfg, self._cfg.service
         given: dict[str, object] = {"embedder": cfg.embedder, "service.host": self._host, "service.port": port}
         given.update((f"service.{key}", getattr(settings, key)) for key in _PASSED_ON)
@@ -83,15 +94,12 @@ class OwnService:
             start_new_session=True,
         )
         assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        if not url:
-            raise GliderError(f"the embedding service did not start (exit code {process.wait()})")
-        return process, url
+        return process, process.stdout.readline().strip()
 
     def _watch(self) -> None:
         for _ in range(_RESTARTS):
             code = self._process.wait()
-            if self._stopping.is_set() or code == 2:
+            if self._stopping.is_set() or code == _BAD_INPUT:
                 return
             log.warning("the embedding service ended (exit code %s); it is started again", code)
             port = urlsplit(self.access.url).port

@@ -113,6 +113,9 @@ def run(cfg: Config) -> int:
             server.run(sockets=[listener])
     if failure:
         raise failure[0]
+    if parent:
+        # Answers are out and the cache is closed. Taking the interpreter down can last seconds on a busy machine.
+        os._exit(0)
     return 0
 
 
@@ -180,4 +183,6 @@ def _end_with(parent: int, server: Any) -> None:
             break
     server.should_exit = True
     # The job waits for nothing any more; a drain that hangs must not keep the process.
-    threading.Timer(_DRAIN_SECONDS + 5, os._exit, (1,)).start()
+    last = threading.Timer(_DRAIN_SECONDS + 5, os._exit, (1,))
+    last.daemon = True
+    last.start()
