@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from glider_dist.lora.bank import SiteBank
+from glider_dist.parallel.cost import Costs
 from glider_dist.parallel.dispatch import Dispatch
 from glider_dist.parallel.exchange import Traffic, count_traffic
 from glider_dist.parallel.mesh import Mesh, init_mesh
@@ -214,11 +215,13 @@ def run_sequence(
     cache_bytes: int = 1 << 30,
     watch: contextlib.AbstractContextManager[Any] | None = None,
     keep: list[torch.Tensor] | None = None,
+    costs: Costs | None = None,
 ) -> list[Outcome]:
     """Several exchanges over the experts of the first case, with one Dispatch.
 
     Args:
         watch: a context for the exchange and its backward alone.
+        costs: constants for ``auto``.
         keep: is given this rank's outputs and gradients.
     """
     mesh = mesh_of(expert_parallel)
@@ -227,9 +230,7 @@ def run_sequence(
     whole = draw_experts(first)
     owned = placement.owned(mesh.expert_rank)
     scales = {site: bank.scale for site, bank in zip(first.sites, whole, strict=True)}
-    dispatch = Dispatch(
-        mesh, placement, strategy, scales, torch.device("cpu"), costs=None, cache_bytes=cache_bytes
-    )
+    dispatch = Dispatch(mesh, placement, strategy, scales, torch.device("cpu"), costs, cache_bytes=cache_bytes)
     found = []
     for case in cases:
         inputs = draw_inputs(case, mesh.expert_parallel * mesh.data_parallel, placement)
@@ -286,5 +287,7 @@ def relative_error(ours: torch.Tensor, formula: torch.Tensor) -> float:
     return float((ours - formula).abs().max() / formula.abs().max().clamp_min(1e-3))
 
 
-def run_cases(cases: Sequence[tuple[Case, str]], expert_parallel: int) -> list[list[Outcome]]:
-    return [run_case(case, strategy, expert_parallel) for case, strategy in cases]
+def run_cases(
+    cases: Sequence[tuple[Case, str]], expert_parallel: int, costs: Costs | None = None
+) -> list[list[Outcome]]:
+    return [run_case(case, strategy, expert_parallel, costs=costs) for case, strategy in cases]

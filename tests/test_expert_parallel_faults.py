@@ -131,7 +131,7 @@ def test_a_rank_that_dies_in_the_backward_is_named_too():
 
 
 def test_a_rank_that_hangs_is_named_within_the_time_out(monkeypatch):
-    monkeypatch.setattr("glider_dist.parallel.local_ranks._GRACE_S", 12.0)
+    monkeypatch.setattr("glider_dist.parallel.local_ranks._AFTER_FAILURE_S", 3.0)
     with LocalRanks(2, timeout_s=5) as ranks:
         with pytest.raises(gd.GliderError) as failure:
             ranks.run(leaves, 1, "hangs")

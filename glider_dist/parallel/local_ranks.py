@@ -22,8 +22,10 @@ from glider_dist.errors import GliderError
 
 _START_S = 600.0
 """Importing torch in N processes takes a loaded machine long."""
-_GRACE_S = 20.0
-"""What the other ranks need to say that a collective timed out, and why."""
+_GRACE_S = 60.0
+"""What a rank needs to say that a collective timed out, and why."""
+_AFTER_FAILURE_S = 20.0
+"""How long the others may take to fail as well."""
 
 
 class LocalRanks:
@@ -73,7 +75,7 @@ class LocalRanks:
         failed: dict[int, str] = {}
         while len(results) + len(failed) < self.world:
             left = {rank: pipe for rank, pipe in enumerate(self._pipes) if rank not in {*results, *failed}}
-            ready = wait(list(left.values()), _GRACE_S if failed else timeout_s)
+            ready = wait(list(left.values()), _AFTER_FAILURE_S if failed else timeout_s)
             if not ready:
                 break
             for rank, pipe in left.items():
