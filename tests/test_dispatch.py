@@ -165,7 +165,9 @@ def test_an_exchange_costs_what_its_docstring_states(local_ranks: Ranks, world, 
             assert (forward.host_syncs, backward.host_syncs) == (1, 0)
 
 
-BY_BYTES = Costs(latency_s=0.0, group_s=0.0, flops=1e15, copy=1e15)
+BY_BYTES = Costs(
+    tokens_s=0.0, tokens_back_s=0.0, weights_s=0.0, weights_back_s=0.0, group_s=0.0, flops=1e15, copy=1e15
+)
 
 
 @pytest.mark.parametrize(("world", "parts"), SPLITS)
