@@ -110,8 +110,7 @@ class RoutingContext:
                 self.prototypes.load_activations(self.banks)
             if strategy.local == "arrow" and self.dispatch is not None:
                 # Now, while all ranks are here: they tell each other what they made of their own experts.
-                site, bank = next(iter(self.banks.items()))
-                self.prototypes.of("arrow", site, bank, chosen)
+                self.prototypes.of("arrow", *next(iter(self.banks.items())), chosen)
         self.router, self.strategy = router, strategy
         self._general, self._active = chosen, active
         self._bias_BE = self._brought = None
