@@ -119,7 +119,7 @@ GROUPS = {
     "llama": 2 * 4,  # q k v | o | gate up | down
     "qwen": 2 * 4,
     "t5": 2 * 4 + 2 * 7,  # and of the decoder besides: q | k v | o
-    "bert": 2 * 4 + 1 + 2 * 7 + 1,  # as above, the encoder's pooler, and the layer before the output head
+    "bert": 2 * 4 + 2 * 7,
 }
 
 

@@ -100,12 +100,19 @@ def test_every_file_that_a_card_has_a_hash_of_is_checked(pool: ExpertPool) -> No
     assert problems(pool) == [f"{path} is missing, though the card has its hash"]
 
 
-@pytest.mark.parametrize("card", ["[]", '{"files": [1]}', '{"summary": "large"}'])
-def test_a_card_that_is_none_is_one_sentence_everywhere(card: str, pool: ExpertPool) -> None:
+@pytest.mark.parametrize(
+    ("card", "says"),
+    [
+        ("[]", "must hold a JSON object, not []"),
+        ('{"files": [1]}', "is no card of an expert"),
+        ('{"summary": "large"}', "is no card of an expert"),
+    ],
+)
+def test_a_card_that_is_none_is_one_sentence_everywhere(card: str, says: str, pool: ExpertPool) -> None:
     path = pool.expert("a").folder / CARD_FILE
     path.write_text(card)
-    assert problems(pool) == [f"{path} is no card of an expert; remove the expert and add it again"]
+    assert problems(pool) == [f"{path} {says}; remove the expert and add it again"]
     for words in (["ls"], ["show"]):
         outcome = command("pool", *words, str(pool.path), *(["a"] if words == ["show"] else []))
         assert outcome.code == 2
-        assert "is no card of an expert" in outcome.errors[0]
+        assert says in outcome.errors[0]

@@ -34,10 +34,8 @@ def check_calibration(pool: ExpertPool, index: Path) -> None:
     path = pool.router_dir / CALIBRATION_FILE
     if not path.exists():
         return
-    value = read_json(path)
     again = "run calibrate again"
-    if not isinstance(value, dict):
-        raise GliderError(f"{path} must hold a JSON object; {again}")
+    value = read_json(path, again)
     for key, (low, high) in _RANGES.items():
         if key not in value:
             raise GliderError(f"{path} has no {key}; {again}")

@@ -56,24 +56,28 @@ def write_json(path: Path, value: Any) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, advice: str = "") -> dict[str, Any]:
     """Read the object in a JSON file.
+
+    Args:
+        advice: what to do if it cannot be read, for the message.
 
     Raises:
         GliderError: if it is missing, malformed or no object, naming the file and the line.
     """
+    then = f"; {advice}" if advice else ""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise GliderError(f"{path} does not exist") from None
+        raise GliderError(f"{path} does not exist{then}") from None
     except OSError as error:
-        raise GliderError(f"{path} cannot be read ({error.strerror})") from None
+        raise GliderError(f"{path} cannot be read ({error.strerror}){then}") from None
     except UnicodeDecodeError as error:
-        raise GliderError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise GliderError(f"{path} is not UTF-8 text (byte {error.start}){then}") from None
     except json.JSONDecodeError as error:
-        raise GliderError(f"{path} line {error.lineno} is not valid JSON: {error.msg}") from None
+        raise GliderError(f"{path} line {error.lineno} is not valid JSON: {error.msg}{then}") from None
     if not isinstance(value, dict):
-        raise GliderError(f"{path} must hold a JSON object, not {json.dumps(value):.40}")
+        raise GliderError(f"{path} must hold a JSON object, not {json.dumps(value):.40}{then}")
     return value
 
 

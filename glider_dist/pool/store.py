@@ -64,11 +64,11 @@ class Expert:
             GliderError: it is no JSON object, or its hashes or its summary are none.
         """
         path = self.folder / CARD_FILE
-        card = read_json(path) if path.exists() else {}
-        inside = [card.get(key) or {} for key in ("files", "summary")] if isinstance(card, dict) else []
-        if not inside or not all(isinstance(part, dict) for part in inside):
-            raise GliderError(f"{path} is no card of an expert; remove the expert and add it again")
-        return dict(card)
+        again = "remove the expert and add it again"
+        card = read_json(path, again) if path.exists() else {}
+        if not all(isinstance(card.get(key) or {}, dict) for key in ("files", "summary")):
+            raise GliderError(f"{path} is no card of an expert; {again}")
+        return card
 
     def config(self) -> dict[str, Any]:
         return read_config(self.folder)
