@@ -63,12 +63,12 @@ def gone(pid: int, seconds: float = 30.0) -> bool:
     [
         ("return", None),
         ("raise", None),
-        ("exit", None),
-        ("close", signal.SIGKILL),
+        pytest.param("exit", None, marks=pytest.mark.slow),
+        pytest.param("close", signal.SIGKILL, marks=pytest.mark.slow),
         ("wait", signal.SIGKILL),
         ("wait", signal.SIGTERM),
-        ("wait", signal.SIGINT),
-        ("wait", signal.SIGSEGV),
+        pytest.param("wait", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("wait", signal.SIGSEGV, marks=pytest.mark.slow),
         ("fork", signal.SIGKILL),
     ],
 )
