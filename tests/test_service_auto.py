@@ -25,7 +25,9 @@ pytestmark = pytest.mark.distributed
 
 # A job that starts its service, embeds, prints the service's process id and waits to be ended.
 _JOB = """
-import os, sys, time
+import os, signal, sys, time
+# A background job of a shell starts with this signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from glider_dist.config import Config
 from glider_dist.parallel.ranks import ALONE
 from glider_dist.semantics.source import EmbedderSource
