@@ -106,8 +106,9 @@ def our_answers(pool: ExpertPool) -> tuple[list[Query], list[str]]:
     collator = Collator(base, max_length=256)
     queries = make_queries(suite.held_in, "test", QUERIES, collator, pool.names)
     runner = QueryRunner(FrozenBase(base, ALONE, 0), collator, batch_size=60)
-    model = gd.attach_pool(base.model, pool, RouterConfig(kind="oracle"))
-    scope = router_scope(model, "oracle", None, torch.tensor([query.owner for query in queries]))
+    router = RouterConfig(kind="oracle")
+    model = gd.attach_pool(base.model, pool, router)
+    scope = router_scope(model, router, None, torch.tensor([query.owner for query in queries]))
     return queries, runner.answers([query.encoded for query in queries], NEW_TOKENS, scope)
 
 
