@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -12,22 +12,15 @@ from unittest.mock import patch
 
 import torch
 from rank_cases import mesh_of, relative_error
+from routed_models import ALPHAS, MODELS
 
 import glider_dist as gd
 from glider_dist.model.attach import context_of
 from glider_dist.model.recompute import recomputed
 from glider_dist.parallel.exchange import Traffic, count_traffic
 from glider_dist.parallel.placement import Placement, balanced
-from glider_dist.testing import tiny_causal, tiny_encoder_decoder, tiny_qwen, tiny_seq2seq
 
 EXPERTS = 5
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": tiny_causal,
-    "qwen": tiny_qwen,
-    "t5": tiny_seq2seq,
-    "bert": tiny_encoder_decoder,
-}
-ALPHAS: dict[str, Any] = {"alpha_in": 6.0, "alpha_out": 1.5, "threshold": 0.5}
 ROUTERS = {
     "glider": gd.RouterConfig(**ALPHAS),
     "topp": gd.RouterConfig(top_p=0.7, **ALPHAS),

@@ -9,6 +9,7 @@ Legend: e slots, n parameters of one expert, k slots being served, r rank, d and
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
@@ -25,7 +26,7 @@ def padded_rank(rank: int) -> int:
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
-class Slots:
+class Slots(ABC):
     """Weights and gradients ``[e, n]`` of ``count`` experts. Subclasses say what the layers see.
 
     Attributes:
@@ -70,14 +71,15 @@ class Slots:
         self._served.clear()
         self.initialise(slot, name)
 
+    @abstractmethod
     def initialise(self, slot: int, name: str) -> None:
-        raise NotImplementedError
+        """Put an expert's initial weights into a slot that is all zeros."""
 
+    @abstractmethod
     def banks(
         self, leaves: dict[str, torch.Tensor], lo: int, hi: int
     ) -> tuple[dict[str, SiteBank], dict[str, torch.Tensor]]:
         """What the layers see of slots ``lo`` to ``hi``: banks and gates."""
-        raise NotImplementedError
 
     def serve(self, context: RoutingContext, lo: int, hi: int, collect: bool) -> None:
         """Make the layers see slots ``lo`` to ``hi`` alone, as experts 0 to ``hi - lo - 1``.

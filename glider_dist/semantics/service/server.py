@@ -72,8 +72,8 @@ def run(cfg: Config) -> int:
         loading = asyncio.create_task(_load(model, served, metrics, settings))
 
         def loaded(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and task.exception() is not None:
-                failure.append(task.exception())  # type: ignore[arg-type]
+            if not task.cancelled() and (error := task.exception()) is not None:
+                failure.append(error)
                 server.should_exit = True
 
         loading.add_done_callback(loaded)
