@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -230,8 +231,9 @@ def _write(job: Job, pool: ExpertPool, weights: dict[str, Tensors], card: dict[s
 
 
 def ensure_group() -> None:
-    """DeepSpeed wants a process group even around a single process."""
+    """DeepSpeed wants a process group, and a rank from the launcher, even around a single process."""
     if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
