@@ -16,7 +16,7 @@ import torch
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
 from glider_dist.model.sites import linear_sites, peft_targets
-from glider_dist.pool.adapter import SiteLora, inspect_adapter, write_adapter
+from glider_dist.pool.adapter import SiteLora, check_finite, inspect_adapter, write_adapter
 from glider_dist.pool.names import check_name
 from glider_dist.pool.store import check_sites
 from glider_dist.tasks.task import Task
@@ -105,7 +105,9 @@ def train_gates(job: Job) -> None:
 
     def slots(count: int) -> GateSlots:
         def read(name: str) -> dict[str, SiteLora]:
-            return pool.expert(name).weights()
+            loras = pool.expert(name).weights()
+            check_finite(name, loras)
+            return loras
 
         return GateSlots(shapes, ranks, read, count, _dtype(job), job.base.dtype, job.base.device)
 
