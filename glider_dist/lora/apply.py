@@ -14,7 +14,6 @@ from glider_dist.lora.bank import SiteBank
 from glider_dist.lora.grouped import grouped_product
 from glider_dist.routing.route import Route
 
-
 # In half precision a CPU takes about 20 µs to start a product, whatever its size. Groups of up to so many rows are
 # padded to equal size and become one batched product, up to 6 times as fast; larger ones gain nothing.
 _BATCHED_ROWS = 64
@@ -70,8 +69,8 @@ def for_cpu(plan: Plan, bank: SiteBank, dtype: torch.dtype) -> tuple[Plan, SiteB
     """The same rows and experts in the form in which a CPU computes them fastest.
 
     If experts far outnumber the rows, those without rows are left out: a group costs about 1 µs even if it is
-    empty. In half precision small groups are padded to equal size, and the size of larger ones is rounded up so that
-    it recurs: oneDNN compiles a kernel for every new number of rows, which takes longer than the product itself.
+    empty. In half precision small groups are padded to equal size, and the size of larger ones is rounded up so
+    that it recurs: oneDNN compiles a kernel for every new number of rows, which takes longer than the product.
     """
     rows = plan.token.shape[0]
     if not rows:
