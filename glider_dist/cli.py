@@ -67,6 +67,9 @@ COMMANDS = {
     "calibrate": Command(
         f"{_EVALUATION}.calibrate:run", "choose alpha_in, alpha_out and threshold on validation queries"
     ),
+    "train-joint": Command(
+        "glider_dist.training.joint:run", "train experts and gates together, through the routers"
+    ),
     "evaluate": Command(f"{_EVALUATION}.evaluate:run", "score the routers on test queries and print the table"),
     "bench": Command(
         "glider_dist.bench.command:run",
