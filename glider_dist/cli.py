@@ -19,6 +19,7 @@ from typing import Any
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.mistakes import tell, told_elsewhere
+from glider_dist.parallel.launch import adopt_slurm
 from glider_dist.settings import read_config, settings
 from glider_dist.tracking.log_file import EarlyLog
 
@@ -195,6 +196,8 @@ def _main(argv: list[str]) -> int:
         )
     if arguments.dry_run and not command.own_usage:
         raise GliderError("--dry-run belongs to pool import")
+    if not command.serves:
+        adopt_slurm(os.environ)
     _set_up_logging()
     module, _, function = command.target.partition(":")
     stage = getattr(importlib.import_module(module), function)

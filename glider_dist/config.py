@@ -7,41 +7,15 @@ OmegaConf when the configuration is read, ranges and choices by :meth:`Config.va
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field
 
+from glider_dist.declare import check_numbers as _check_numbers
+from glider_dist.declare import finite as _finite
+from glider_dist.declare import not_negative as _not_negative
+from glider_dist.declare import positive as _positive
+from glider_dist.declare import setting as _setting
 from glider_dist.errors import GliderError
-
-_MUST_BE: dict[str, Callable[[float], bool]] = {
-    "positive and finite": lambda value: 0 < value < math.inf,
-    "finite and not negative": lambda value: 0 <= value < math.inf,
-    "finite": math.isfinite,
-}
-
-
-def _setting(default: Any, doc: str, choices: tuple[str, ...] = (), must_be: str | None = None) -> Any:
-    """``must_be``: what the number has to be, a key of ``_MUST_BE``; None and other types are not looked at."""
-    metadata = {"doc": doc, "choices": choices, "must_be": must_be}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-_positive = partial(_setting, must_be="positive and finite")
-_not_negative = partial(_setting, must_be="finite and not negative")
-_finite = partial(_setting, must_be="finite")
-
-
-def _check_numbers(config: Any, prefix: str = "") -> None:
-    for setting in fields(config):
-        value, key = getattr(config, setting.name), prefix + setting.name
-        if is_dataclass(value):
-            _check_numbers(value, f"{key}.")
-        rule = setting.metadata.get("must_be")
-        if rule is not None and value is not None and not _MUST_BE[rule](value):
-            raise GliderError(f"{key} is {value}, but must be {rule}")
+from glider_dist.planning.slurm_config import SlurmConfig
 
 
 @dataclass
@@ -56,8 +30,19 @@ class TasksConfig:
     held_out: list[str] = _setting(
         [], "names of tasks to evaluate only; empty: every task whose split is held_out"
     )
+    shard: str | None = _setting(
+        None, "i/n: of the held-in tasks only every n-th, from the i-th (0 to n - 1) on, as one job of an array"
+    )
     limit: int | None = _positive(None, "examples per task and split at most; None: all (procedural: 512/64/64)")
     max_length: int = _positive(512, "tokens per example at most, prompt and answer together")
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """``i/n`` as numbers; raises GliderError unless 0 <= i < n."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise GliderError(f"tasks.shard is {text!r}, but must be i/n with 0 <= i < n, such as 0/4")
+    return int(part), int(parts)
 
 
 @dataclass
@@ -267,6 +252,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     service: ServiceConfig = field(default_factory=ServiceConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def validate(self) -> None:
         """Check ranges that types cannot express.
@@ -279,6 +265,8 @@ class Config:
             raise GliderError(
                 f"zero_stage is {self.zero_stage}, but a frozen base is replicated (0) or sharded (3)"
             )
+        if self.tasks.shard is not None:
+            shard_of(self.tasks.shard)
         if self.mesh.placement == "balanced" and self.mesh.load is None:
             raise GliderError("mesh.placement=balanced needs mesh.load, the results.json of an earlier evaluation")
         if self.router.top_p is not None and not 0 < self.router.top_p <= 1:
