@@ -90,6 +90,16 @@ COMMANDS = {
         "serve the embedder to all ranks, jobs and OpenAI clients over HTTP",
         serves=True,
     ),
+    "fetch": Command(
+        "glider_dist.fetch:run",
+        "bring base, embedder and data sets into the caches, for machines without a network",
+        keeps_record=False,
+    ),
+    "slurm": Command(
+        "glider_dist.planning.slurm:run",
+        "render or submit the pipeline as a chain of batch jobs",
+        own_usage=True,
+    ),
     "pool": Command(
         "glider_dist.pool_command:run",
         "import, ls, show, verify, remove, export, pack: adapters in and out of a pool",
@@ -195,7 +205,7 @@ def _main(argv: list[str]) -> int:
             f"--ranks and --fresh belong to quickstart (and bench); start {arguments.command} with a launcher"
         )
     if arguments.dry_run and not command.own_usage:
-        raise GliderError("--dry-run belongs to pool import")
+        raise GliderError("--dry-run belongs to pool import and slurm")
     if not command.serves:
         adopt_slurm(os.environ)
     _set_up_logging()

@@ -1,9 +1,9 @@
 """One rank of a batch job: ``rank.py FOLDER STAGE ...`` runs ``glider-dist STAGE ...`` and leaves in FOLDER what
 the batch script cannot learn from a launcher.
 
-``pid-NODE-RANK`` is where a signal for this rank goes: one sent through Slurm would reach every process below it, too.
-``exit-RANK`` is its exit code, absent if it was killed: ``deepspeed`` returns 0 then. "Go on later" (85) leaves with 0, or
-``srun --kill-on-bad-exit`` would kill the ranks that are still at their checkpoint.
+``pid-NODE-RANK`` is where a signal for this rank goes: one sent through Slurm would reach every process below it,
+too. ``exit-RANK`` is its exit code, absent if it was killed: ``deepspeed`` returns 0 then. "Go on later" (85)
+leaves with 0, or ``srun --kill-on-bad-exit`` would kill the ranks that are still at their checkpoint.
 """
 
 from __future__ import annotations

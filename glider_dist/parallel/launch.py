@@ -1,4 +1,4 @@
-"""What ``srun`` tells a process, put into the words of torch: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+"""What ``srun`` tells a process, in torch's words: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
 Slurm names no meeting place. Ours is the first node of the step, where rank 0 runs, and a port that follows from
 the job and the step, so that jobs that share a node do not meet.
