@@ -85,7 +85,7 @@ def train_gates(job: Job) -> None:
     """Train a gate for every expert of a held-in task that has none; A and B stay as they are."""
     pool = job.open_pool(check_base=False)
     tasks = [task for task in job.tasks.held_in if task.name in pool]
-    if not tasks:
+    if job.tasks.held_in and not tasks:
         raise GliderError(f"pool {pool.path} has no expert of a held-in task; run train-experts first")
     todo = [task for task in tasks if not pool.expert(task.name).has_gate]
     _tell(job, "gates", todo, tasks)
