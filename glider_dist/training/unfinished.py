@@ -74,15 +74,15 @@ class Unfinished:
         self.place = list(place)
         self.interval = interval
         self.background = Background()
-        self._turns = 0
+        self._turn = self._saved = 0
         self._last = time.monotonic()
 
     def due(self) -> bool:
         """Ask after every turn. Raises GliderError if an earlier save has failed."""
         self.background.check()
-        self._turns += 1
+        self._turn += 1
         late = time.monotonic() - self._last >= 60 * self.interval.minutes
-        return (late or self._turns >= self.interval.steps) and not self.background.busy
+        return (late or self._turn - self._saved >= self.interval.steps) and not self.background.busy
 
     def save(
         self,
@@ -95,7 +95,7 @@ class Unfinished:
         beside = {trainee.name: [slot, trainee.progress.step] for slot, trainee in active.items()}
         writes = [self._write(slot, trainee, beside, slots, optimizer) for slot, trainee in sorted(active.items())]
         self.background.submit(*writes, *then)
-        self._turns, self._last = 0, time.monotonic()
+        self._saved, self._last = self._turn, time.monotonic()
 
     def _write(
         self, slot: int, trainee: Trainee, beside: dict[str, list[int]], slots: Slots, optimizer: StackedAdamW
@@ -115,6 +115,7 @@ class Unfinished:
             # Serialised now: the lists in it go on growing.
             "progress": json.dumps(asdict(trainee.progress)),
             "place": self.place,
+            "turn": self._turn,
             "beside": beside,
         }
         return lambda: self.files.write(trainee.name, step, tensors, record)
@@ -159,12 +160,16 @@ class Unfinished:
             for record in (self.files.record(name, step) for step in steps):
                 beside = {other: place for other, place in record["beside"].items() if other in self.facts}
                 if record["place"] == self.place and all(is_good(other, at) for other, (_, at) in beside.items()):
-                    sets.append((sum(at for _, at in record["beside"].values()), sorted(beside.items())))
+                    sets.append((record["turn"], sorted(beside.items())))
         if sets:
-            chosen |= {name: (step, slot if slot < slots else None) for name, (slot, step) in max(sets)[1]}
+            self._turn, latest = max(sets)
+            self._saved = self._turn
+            chosen |= {name: (step, slot if slot < slots else None) for name, (slot, step) in latest}
         return chosen
 
     def _good(self, name: str, step: int) -> bool:
+        if step not in self.files.steps(name):
+            return False
         try:
             self.files.read(name, step)
         except Damaged as error:
