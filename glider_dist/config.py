@@ -72,9 +72,9 @@ class TrainConfig:
     patience: int | None = _positive(
         None, "validations in a row without a better loss that end an expert's training; None: no early stop"
     )
-    save_minutes: float = _positive(
-        10.0, "keep experts that are in training in run_dir/unfinished so often, for a restart after a kill"
-    )
+    save_steps: int = _positive(100, "keep unfinished experts in run_dir/checkpoints every so many steps")
+    save_minutes: float = _positive(10.0, "and at the latest after so many minutes")
+    keep_last: int = _positive(2, "checkpoints kept of each expert; an older one serves if the newest is damaged")
     max_failures: int = _positive(
         5, "steps in a row whose loss or gradient is not finite (they are skipped) that end an expert's training"
     )
@@ -143,6 +143,7 @@ class EvaluateConfig:
     batch_size: int = _positive(64, "queries per generation batch; different tasks share a batch")
     max_new_tokens: int = _positive(16, "answer length at most, in tokens")
     rank_classification: bool = _setting(False, "also score tasks with choices by the likelihood of each choice")
+    save_minutes: float = _positive(1.0, "keep the answers of an unfinished row so often, for a restart")
     bootstrap: int = _positive(1000, "bootstrap samples of the 95 % intervals")
 
 
@@ -178,6 +179,7 @@ class Config:
     describe_file: str | None = _setting(
         None, "text file of lines EXPERT: DESCRIPTION for experts that no task of their name describes"
     )
+    max_minutes: float | None = _positive(None, "stop tidily after so many minutes, exit code 85; None: no limit")
     tracking: str = _setting("offline", "Weights & Biases mode", ("offline", "online", "off"))
     tasks: TasksConfig = field(default_factory=TasksConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

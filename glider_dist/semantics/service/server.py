@@ -102,6 +102,9 @@ def run(cfg: Config) -> int:
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     # uvicorn drains and then raises the signal again for the handler that was there before it.
     signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        # A scheduler sends them to the whole job; what they mean, the ranks know.
+        signal.signal(number, signal.SIG_IGN)
     with _listen(settings.host, settings.port) as listener:
         address = f"http://{_in_url(settings.host)}:{listener.getsockname()[1]}"
         if parent := os.environ.get(PARENT):
