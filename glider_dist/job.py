@@ -26,6 +26,7 @@ from glider_dist.model.sites import fingerprint
 from glider_dist.parallel.mesh import Mesh, init_mesh
 from glider_dist.parallel.placement import Placement, balanced, contiguous, load_of
 from glider_dist.parallel.ranks import Ranks
+from glider_dist.parallel.stopping import StopWish
 from glider_dist.pool import ExpertPool, Fingerprint
 from glider_dist.semantics.source import EmbedderSource
 from glider_dist.tasks.source import TaskSuite, load_tasks
@@ -37,11 +38,12 @@ log = logging.getLogger(__name__)
 class Job:
     """See the module. ``run_dir`` is ``cfg.run_dir`` or ``runs/STAGE``."""
 
-    def __init__(self, cfg: Config, stage: str, ranks: Ranks):
+    def __init__(self, cfg: Config, stage: str, ranks: Ranks, stop: StopWish | None = None):
         cfg.validate()
         self.cfg = cfg
         self.stage = stage
         self.ranks = ranks
+        self.stop = stop or StopWish(cfg.max_minutes, ranks)
         self.run_dir = Path(cfg.run_dir or f"runs/{stage}")
         ranks.check_agreement("configuration", f"{stage}\n{OmegaConf.to_yaml(OmegaConf.structured(cfg))}")
 
