@@ -16,7 +16,7 @@ from cotraining_worker import CPU, base_model
 from rank_cases import mesh_of
 
 import glider_dist as gd
-from glider_dist.config import Config, JointConfig, MeshConfig, TrainConfig
+from glider_dist.config import Config, MeshConfig, TrainConfig
 from glider_dist.model.attach import attach_pool, context_of, detach, query_scores
 from glider_dist.model.batch import Collator, Encoded, target_nll
 from glider_dist.model.engine import FrozenBase
@@ -32,6 +32,7 @@ from glider_dist.training.joint_config import deepspeed_config
 from glider_dist.training.joint_loop import JointLoop
 from glider_dist.training.joint_params import Trained
 from glider_dist.training.joint_routing import RouterExtras
+from glider_dist.training.joint_settings import JointConfig
 from glider_dist.training.joint_state import Tensors, gather_state
 from glider_dist.training.trainee import Recipe
 
@@ -219,6 +220,27 @@ def train(case: Case, path: str) -> Found:
             [step.router_loss for step in steps],
             [step.norm for step in steps],
         )
+
+
+@dataclass
+class Half:
+    """A part of a training: its state after what it was given was loaded, and at its end; and updates so far."""
+
+    loaded: dict[str, Tensors]
+    state: dict[str, Tensors]
+    steps: int
+
+
+def train_part(case: Case, path: str, first: int, last: int, state: dict[str, Tensors] | None) -> Half:
+    """Steps ``first`` to ``last``, from ``state`` if there is one."""
+    with prepared(case, path) as (loop, trained, engine):
+        if state is not None:
+            load_state(engine, trained, state.__getitem__)
+            engine.steps = loop.progress.step = first
+        loaded = gather_state(engine, trained)
+        for step in range(first, last):
+            loop.step(rows_of(step, case.batch))
+        return Half(loaded, gather_state(engine, trained), engine.steps)
 
 
 def train_all(cases: Sequence[Case], path: str) -> list[Found]:
