@@ -47,7 +47,7 @@ def initial() -> dict[str, torch.Tensor]:
 
 
 def gradients(step: int, micro: int, rank: int, values: dict[str, torch.Tensor], idle: bool) -> torch.Tensor:
-    """A loss of one rank's tokens. Every rank uses the parameters in another order; idle ones use the gate alone."""
+    """A loss of one rank's tokens. Ranks use the parameters in another order; idle ones use the gate alone."""
     generator = torch.Generator().manual_seed(step * 100 + micro * 10 + rank)
     weights = {key: torch.randn(value.shape, generator=generator) for key, value in initial().items()}
     order = ["one", "two", "gate"] if rank % 2 else ["gate", "two", "one"]

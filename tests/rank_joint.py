@@ -33,7 +33,7 @@ from glider_dist.training.joint_loop import JointLoop
 from glider_dist.training.joint_params import Trained
 from glider_dist.training.joint_routing import RouterExtras
 from glider_dist.training.joint_settings import JointConfig
-from glider_dist.training.joint_state import Tensors, gather_state
+from glider_dist.training.joint_state import Tensors, gather_state, load_state
 from glider_dist.training.trainee import Recipe
 
 EXPERTS = 5

@@ -21,7 +21,7 @@ def check(local_ranks: Ranks, world: int, stage: int, parts: int, clip: float, i
         where = f"under ZeRO {stage}, {parts} expert parallel, on rank {rank} of {world}: {errors}"
         assert errors["norms"] < 1e-5, f"{VERSION} computes another gradient norm than one process {where}"
         assert errors["weights"] < 1e-5, (
-            f"{VERSION} no longer sums an expert's gradients over the ranks that hold it and divides by all {where}"
+            f"{VERSION} no longer sums an expert's gradients over its ranks and divides by all ranks {where}"
         )
         assert errors["moments"] < 1e-5, f"{VERSION} keeps AdamW's moments where they are not looked for {where}"
 

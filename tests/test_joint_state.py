@@ -1,4 +1,4 @@
-"""The state of joint training knows no world: what one stage and split gathered, any other loads and goes on from."""
+"""The state of joint training knows no world: what one stage and split gathered, any other goes on from."""
 
 from __future__ import annotations
 
