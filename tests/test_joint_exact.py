@@ -13,6 +13,7 @@ import pytest
 from rank_joint import Case, Found, make_pool, reference, train_all
 
 from glider_dist.testing import LocalRanks
+from glider_dist.training.joint_state import Tensors
 
 pytestmark = pytest.mark.distributed
 Ranks = Callable[[int], LocalRanks]
@@ -25,23 +26,30 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def worst(ranks: list[Found], wanted: Found) -> dict[str, float]:
     """Largest difference of weights and moments over each tensor's largest value, of losses and of norms."""
-    state: dict[str, Any] = {}
+    errors = state_errors([found.state for found in ranks], wanted.state)
     for found in ranks:
-        for name, tensors in found.state.items():
+        for kind, ours, theirs in (("losses", found.losses, wanted.losses), ("norms", found.norms, wanted.norms)):
+            found_errors = [abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)]
+            errors[kind] = max([errors.get(kind, 0.0), *found_errors])
+    return errors
+
+
+def state_errors(parts: list[dict[str, Tensors]], wanted: dict[str, Tensors]) -> dict[str, float]:
+    """Largest difference of weights and moments over each tensor's largest value; together the ranks have all."""
+    state: dict[str, Any] = {}
+    for part in parts:
+        for name, tensors in part.items():
             state.setdefault(name, []).append(tensors)
-    assert state.keys() == wanted.state.keys()
-    errors = {"weights": 0.0, "moments": 0.0, "losses": 0.0, "norms": 0.0}
+    assert state.keys() == wanted.keys()
+    errors = {"weights": 0.0, "moments": 0.0}
     for name, copies in state.items():
         for tensors in copies:
-            assert tensors.keys() == wanted.state[name].keys()
+            assert tensors.keys() == wanted[name].keys()
             for key, value in tensors.items():
-                other = wanted.state[name][key]
+                other = wanted[name][key]
                 error = float((value - other).abs().max()) / max(float(other.abs().max()), 1e-30)
                 kind = "moments" if "exp_avg" in key else "weights"
                 errors[kind] = max(errors[kind], error)
-    for found in ranks:
-        for kind, ours, theirs in (("losses", found.losses, wanted.losses), ("norms", found.norms, wanted.norms)):
-            errors[kind] = max(errors[kind], *(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)))
     return errors
 
 
