@@ -93,8 +93,12 @@ class Run:
             return
         point = dict(values) if step is None else {**values, "step": step}
         record = {"time": round(time.time(), 3), **{key: _plain(value) for key, value in point.items()}}
-        self._metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            error.filename = str(self.run_dir / METRICS)
+            raise
         # As a value and not as W&B's own step, which drops points that go back (a second stage, a restart).
         self._to_wandb(lambda run: run.log(point))
 
