@@ -20,6 +20,7 @@ from typing import Any
 from glider_dist.config import Config
 from glider_dist.errors import EXIT_STOPPED, GliderError, Stopped
 from glider_dist.mistakes import tell, told_elsewhere
+from glider_dist.parallel.launch import adopt_slurm
 from glider_dist.settings import read_config, settings
 from glider_dist.tracking.log_file import EarlyLog
 
@@ -68,6 +69,9 @@ COMMANDS = {
     "calibrate": Command(
         f"{_EVALUATION}.calibrate:run", "choose alpha_in, alpha_out and threshold on validation queries"
     ),
+    "train-joint": Command(
+        "glider_dist.training.joint:run", "train experts and gates together, through the routers"
+    ),
     "evaluate": Command(f"{_EVALUATION}.evaluate:run", "score the routers on test queries and print the table"),
     "bench": Command(
         "glider_dist.bench.command:run",
@@ -89,6 +93,16 @@ COMMANDS = {
         "glider_dist.semantics.service.server:run",
         "serve the embedder to all ranks, jobs and OpenAI clients over HTTP",
         serves=True,
+    ),
+    "fetch": Command(
+        "glider_dist.fetch:run",
+        "bring base, embedder and data sets into the caches, for machines without a network",
+        keeps_record=False,
+    ),
+    "slurm": Command(
+        "glider_dist.planning.slurm:run",
+        "render or submit the pipeline as a chain of batch jobs",
+        own_usage=True,
     ),
     "pool": Command(
         "glider_dist.pool_command:run",
@@ -197,7 +211,9 @@ def _main(argv: list[str]) -> int:
             f"--ranks and --fresh belong to quickstart (and bench); start {arguments.command} with a launcher"
         )
     if arguments.dry_run and not command.own_usage:
-        raise GliderError("--dry-run belongs to pool import")
+        raise GliderError("--dry-run belongs to pool import and slurm")
+    if not command.serves:
+        adopt_slurm(os.environ)
     _set_up_logging()
     module, _, function = command.target.partition(":")
     stage = getattr(importlib.import_module(module), function)

@@ -7,41 +7,17 @@ OmegaConf when the configuration is read, ranges and choices by :meth:`Config.va
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field
 
 from glider_dist.errors import GliderError
-
-_MUST_BE: dict[str, Callable[[float], bool]] = {
-    "positive and finite": lambda value: 0 < value < math.inf,
-    "finite and not negative": lambda value: 0 <= value < math.inf,
-    "finite": math.isfinite,
-}
-
-
-def _setting(default: Any, doc: str, choices: tuple[str, ...] = (), must_be: str | None = None) -> Any:
-    """``must_be``: what the number has to be, a key of ``_MUST_BE``; None and other types are not looked at."""
-    metadata = {"doc": doc, "choices": choices, "must_be": must_be}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-_positive = partial(_setting, must_be="positive and finite")
-_not_negative = partial(_setting, must_be="finite and not negative")
-_finite = partial(_setting, must_be="finite")
-
-
-def _check_numbers(config: Any, prefix: str = "") -> None:
-    for setting in fields(config):
-        value, key = getattr(config, setting.name), prefix + setting.name
-        if is_dataclass(value):
-            _check_numbers(value, f"{key}.")
-        rule = setting.metadata.get("must_be")
-        if rule is not None and value is not None and not _MUST_BE[rule](value):
-            raise GliderError(f"{key} is {value}, but must be {rule}")
+from glider_dist.fields import check_numbers as _check_numbers
+from glider_dist.fields import finite as _finite
+from glider_dist.fields import not_negative as _not_negative
+from glider_dist.fields import positive as _positive
+from glider_dist.fields import setting as _setting
+from glider_dist.planning.slurm_settings import SlurmConfig
+from glider_dist.semantics.settings import DescribeConfig, ServiceConfig
+from glider_dist.training.joint_settings import JointConfig
 
 
 @dataclass
@@ -56,8 +32,19 @@ class TasksConfig:
     held_out: list[str] = _setting(
         [], "names of tasks to evaluate only; empty: every task whose split is held_out"
     )
+    shard: str | None = _setting(
+        None, "i/n: of the held-in tasks only every n-th, from the i-th (0 to n - 1) on, as one job of an array"
+    )
     limit: int | None = _positive(None, "examples per task and split at most; None: all (procedural: 512/64/64)")
     max_length: int = _positive(512, "tokens per example at most, prompt and answer together")
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """``i/n`` as numbers; raises GliderError unless 0 <= i < n."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise GliderError(f"tasks.shard is {text!r}, but must be i/n with 0 <= i < n, such as 0/4")
+    return int(part), int(parts)
 
 
 @dataclass
@@ -169,74 +156,6 @@ class CalibrateConfig:
 
 
 @dataclass
-class ServiceConfig:
-    """The embedding service. Its token and, if it shall not be recorded, its address come from the environment:
-    ``GLIDER_DIST_SERVICE_TOKEN`` and ``GLIDER_DIST_SERVICE_URL``."""
-
-    url: str | None = _setting(
-        None,
-        "embeddings endpoint (ours, vLLM, Text Embeddings Inference, hosted); auto: the job starts its own; "
-        "None: $GLIDER_DIST_SERVICE_URL, else the model in each process",
-    )
-    host: str = _setting("127.0.0.1", "serve-embeddings: address to listen on; a token is needed beyond loopback")
-    port: int = _setting(8090, "serve-embeddings: port; 0: a free one")
-    token_file: str | None = _setting(
-        None, "file with the bearer token, where $GLIDER_DIST_SERVICE_TOKEN is not set"
-    )
-    model: str | None = _setting(
-        None, "model to ask the endpoint for; None: the embedder's name, or its only model"
-    )
-    timeout: float = _positive(60.0, "seconds to keep trying when the endpoint does not answer")
-    fallback: bool = _setting(True, "then load the embedder in this process, and say so once; false: stop")
-    request_texts: int = _positive(128, "texts per request to the endpoint")
-    query_prefix: str | None = _setting(
-        None, "put before each query, as E5 models need ('query: ', in quotes); stored with the index"
-    )
-    description_prefix: str | None = _setting(None, "put before each description; stored with the index")
-    device: str = _setting("cpu", "device of the service's model", ("auto", "cpu", "cuda"))
-    max_batch_tokens: int | None = _positive(
-        None, "tokens per forward pass at most, padding counted; None: 1024 on a CPU, 16384 on a GPU"
-    )
-    max_wait_ms: float = _setting(2.0, "how long an idle model waits for more texts")
-    max_texts: int = _positive(2048, "texts per request at most")
-    max_body_mb: float = _positive(8.0, "size of a request at most")
-    max_queue: int = _positive(16384, "texts that may wait; further requests are answered 429")
-    cache: str | None = _setting(
-        None, "SQLite file of embeddings; None: embeddings.sqlite in the cache folder; off: memory only"
-    )
-    cache_entries: int = _positive(1_000_000, "embeddings kept on disk at most")
-
-
-@dataclass
-class DescribeConfig:
-    """Descriptions by a chat model. Its address and key come from the environment: ``OPENAI_BASE_URL`` and
-    ``OPENAI_API_KEY``."""
-
-    source: str = _setting(
-        "task", "who describes experts: the tasks' own texts, or a chat model (llm)", ("task", "llm")
-    )
-    model: str | None = _setting(None, "chat model; None: $OPENAI_MODEL")
-    examples: int = _positive(3, "training examples that the model sees of each task")
-    descriptions: int = _positive(1, "descriptions per expert")
-    max_tokens: int = _positive(512, "length of the model's answer at most")
-    temperature: float = _setting(0.0, "sampling temperature of the first try; later tries use 0.7 at least")
-    tries: int = _positive(3, "answers asked for until one is valid JSON")
-    retries: int = _setting(6, "times a request is repeated when the endpoint fails or is busy")
-    timeout: float = _positive(60.0, "seconds for one answer")
-    workers: int = _positive(4, "requests under way at once")
-    requests_per_minute: float = _setting(0.0, "requests per minute at most; 0: no limit")
-    cache: str | None = _setting(
-        None, "SQLite file of the model's answers; None: descriptions.sqlite in the cache folder; off: none"
-    )
-    queries: str = _setting(
-        "instruction", "what of a query is embedded: its instruction, or an llm's description of it",
-        ("instruction", "llm"),
-    )  # fmt: skip
-    query_timeout: float = _positive(10.0, "seconds for a query's description; then its instruction is embedded")
-    pooling: str = _setting("max", "over an expert's descriptions: largest or mean cosine", ("max", "mean"))
-
-
-@dataclass
 class Config:
     base: str = _setting("smollm2-135m", "base model: smollm2-135m, a hub id, a model folder or a .gguf file")
     pool: str | None = _setting(None, "the pool's folder; None: run_dir/pool for quickstart, an error elsewhere")
@@ -246,7 +165,9 @@ class Config:
     dtype: str = _setting(
         "auto", "dtype of the base model; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16")
     )
-    zero_stage: int = _setting(0, "0: the base replicated on every rank; 3: sharded over the ranks by ZeRO 3")
+    zero_stage: int = _setting(
+        0, "3: the base sharded over the ranks; 1, 2, 3: of train-joint also optimizer, gradients, experts"
+    )
     dispatch: str = _setting(
         "auto",
         "how tokens and the experts of other ranks meet; auto: the cheaper way at each exchange",
@@ -264,11 +185,13 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     service: ServiceConfig = field(default_factory=ServiceConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def validate(self) -> None:
         """Check ranges that types cannot express.
@@ -277,10 +200,12 @@ class Config:
             GliderError: naming the setting, its value and what is allowed.
         """
         _check_numbers(self)
-        if self.zero_stage not in (0, 3):
-            raise GliderError(
-                f"zero_stage is {self.zero_stage}, but a frozen base is replicated (0) or sharded (3)"
-            )
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise GliderError(f"zero_stage is {self.zero_stage}, but must be 0, 1, 2 or 3")
+        if not 0 <= self.joint.expert_dropout < 1:
+            raise GliderError(f"joint.expert_dropout is {self.joint.expert_dropout}, but must lie in [0, 1)")
+        if self.tasks.shard is not None:
+            shard_of(self.tasks.shard)
         if self.mesh.placement == "balanced" and self.mesh.load is None:
             raise GliderError("mesh.placement=balanced needs mesh.load, the results.json of an earlier evaluation")
         if self.router.top_p is not None and not 0 < self.router.top_p <= 1:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from glider_dist.config import Config, RouterConfig
@@ -72,12 +73,12 @@ class Job:
         """How the ranks share the experts; None in a single process."""
         return init_mesh(self.cfg.mesh.expert_parallel)
 
-    def attach(self, pool: ExpertPool, router: RouterConfig) -> Any:
+    def attach(self, pool: ExpertPool, router: RouterConfig, dtype: torch.dtype | None = None) -> Any:
         """Attach the pool to the base, its experts shared by the mesh; returns the model (see ``attach_pool``)."""
         mesh, placement = self.mesh, None
         if mesh is not None and mesh.expert_parallel > 1:
             placement = self._placement(pool, mesh.expert_parallel)
-        return attach_pool(self.frozen.model, pool, router, mesh, self.cfg.dispatch, placement=placement)
+        return attach_pool(self.frozen.model, pool, router, mesh, self.cfg.dispatch, dtype, placement)
 
     def _placement(self, pool: ExpertPool, ranks: int) -> Placement:
         """As stored in the run directory, else made as configured and stored there."""

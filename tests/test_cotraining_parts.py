@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from small_jobs import adapters, command, cores, finish, kill, largest_difference, start, write_tasks
 from small_jobs import settings as job_settings
 
-from glider_dist.bench import cotrain as bench
+from glider_dist.bench import train as bench
 from glider_dist.model.batch import Encoded
 from glider_dist.model.engine import FrozenBase
 from glider_dist.parallel.ranks import ALONE

@@ -11,7 +11,7 @@ from glider_dist.errors import GliderError
 if TYPE_CHECKING:
     from glider_dist.cli import Arguments
 
-USAGE = """usage: glider-dist bench layer|arrow|cotrain
+USAGE = """usage: glider-dist bench layer|arrow|train
        glider-dist bench dispatch [--ranks N]
        glider-dist bench embeddings
        deepspeed --num_gpus N --module glider_dist bench evaluate|without-gates [CONFIG.yaml] [key=value ...]
@@ -19,7 +19,7 @@ USAGE = """usage: glider-dist bench layer|arrow|cotrain
 layer          a routed layer in one process, against one LoRA, a loop over experts, every expert on every token
 dispatch       one exchange between N processes on gloo, by each strategy, forward and backward
 arrow          Arrow here and in PEFT: time and memory at 8, 32 and 128 adapters
-cotrain        many experts in one job, against one after another
+train          many experts in one job, against one after another
 embeddings     the embedding service against the bare model: throughput, cached texts, memory
 evaluate       seconds per query of evaluate.routers, and their ratios to the base alone (settings of evaluate)
 without-gates  scores of the routers that need no gates, beside random adapters (settings of evaluate)
@@ -44,7 +44,7 @@ def run(arguments: Arguments) -> int:
         cfg = read_config(arguments.file, arguments.overrides, {})
         run_stage("bench", cfg, importlib.import_module(_STAGES[what]).run)
         return 0
-    from glider_dist.bench import cotrain, dispatch, embeddings, layer
+    from glider_dist.bench import dispatch, embeddings, layer, train
 
     if what == "layer":
         layer.run(_folder(arguments))
@@ -52,10 +52,10 @@ def run(arguments: Arguments) -> int:
         dispatch.run(_folder(arguments), arguments.ranks or 2)
     elif what == "embeddings":
         embeddings.run(_folder(arguments))
-    elif what == "cotrain":
-        cotrain.main([])
+    elif what == "train":
+        train.main([])
     else:
-        known = ", ".join(["layer", "dispatch", "embeddings", "cotrain", *_STAGES])
+        known = ", ".join(["layer", "dispatch", "embeddings", "train", *_STAGES])
         raise GliderError(f"bench knows {known}, not {what!r}")
     return 0
 

@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +25,8 @@ from glider_dist.parallel.mesh import Mesh, gather_rows
 from glider_dist.parallel.placement import Placement, contiguous
 from glider_dist.parallel.probe import measure_costs
 from glider_dist.pool import ExpertPool
-from glider_dist.pool.files import read_json
-from glider_dist.routing.strategies import check_router, resolved
+from glider_dist.pool.calibration import read_calibration
+from glider_dist.routing.strategies import check_router, resolved, strategy_of
 
 log = logging.getLogger(__name__)
 _CONTEXT = "_glider_context"
@@ -173,12 +172,11 @@ def context_of(model: nn.Module) -> RoutingContext:
 
 def set_router(model: nn.Module, router: RouterConfig, pool: ExpertPool | None = None) -> None:
     """Switch the router of an attached model; its experts stay loaded."""
-    path = pool.router_dir / "calibration.json" if pool is not None else None
-    calibration: dict[str, Any] = read_json(path) if path is not None and path.exists() else {}
-    full, guessed = resolved(router, calibration)
     context = context_of(model)
+    uses = strategy_of(router).uses_global
+    full, guessed = resolved(router, read_calibration(pool) if pool is not None and uses else {})
     context.use(full)
-    if guessed and context.strategy.uses_global:
+    if guessed and uses:
         log.warning(
             "the pool has no calibration: alpha_in=%s, alpha_out=%s, threshold=%s stand in (run calibrate)",
             full.alpha_in, full.alpha_out, full.threshold,

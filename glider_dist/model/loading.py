@@ -14,7 +14,7 @@ from glider_dist.parallel.exchange import gather_objects
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement
 from glider_dist.pool import Expert, ExpertPool
-from glider_dist.pool.adapter import SiteLora
+from glider_dist.pool.adapter import SiteLora, check_finite
 from glider_dist.pool.fingerprint import check_gate, check_sites
 
 Gates = dict[str, torch.Tensor]
@@ -93,6 +93,7 @@ def load_part(
 def _read(expert: Expert, known: dict[str, tuple[int, int]]) -> dict[str, SiteLora]:
     loras = expert.weights()
     check_sites(expert.name, {site: (lora.B.shape[0], lora.A.shape[1]) for site, lora in loras.items()}, known)
+    check_finite(expert.name, loras)
     return loras
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from glider_dist.errors import GliderError
+from glider_dist.parallel.launch import adopt_slurm
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -111,13 +112,9 @@ ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"), None)
 
 def _environment() -> tuple[int, int, int, int]:
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        if "MASTER_ADDR" not in env:
-            raise GliderError("MASTER_ADDR is not set; export it in the batch script (first host of the job)")
+    adopt_slurm(env)
     world = int(env.get("WORLD_SIZE", "1"))
-    local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env.get("SLURM_NTASKS_PER_NODE") or world
+    local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world
     return int(env.get("RANK", "0")), world, int(env.get("LOCAL_RANK", "0")), min(int(local_world), world)
 
 

@@ -138,6 +138,18 @@ def read_adapter(folder: Path) -> dict[str, SiteLora]:
         raise GliderError(f"{path} cannot be read ({error}); copy it again") from None
 
 
+def check_finite(name: str, weights: Mapping[str, SiteLora]) -> None:
+    """Raises GliderError if an expert holds NaN or infinity, which a layer would spread to tokens of others."""
+    for site, lora in weights.items():
+        for half, tensor in (("A", lora.A), ("B", lora.B)):
+            # A sum is finite only if every term is; the exact check follows where the sum overflows.
+            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+                raise GliderError(
+                    f"expert {name!r} has values in lora_{half} at {site} that are not finite; "
+                    "train it again or remove it from the pool"
+                )
+
+
 def site_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """``{site: (d_out, d_in)}`` of an adapter, read from the file's header only.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from glider_dist.errors import GliderError
 from glider_dist.pool.files import read_json, sha256
 from glider_dist.pool.store import ExpertPool
 
+log = logging.getLogger(__name__)
 CALIBRATION_FILE = "calibration.json"
 # A threshold is a cosine; calibrate may put it a hundredth beyond the largest or smallest.
 _RANGES = {"alpha_in": (0.0, math.inf), "alpha_out": (0.0, math.inf), "threshold": (-1.011, 1.011)}
@@ -19,9 +21,28 @@ _RANGES = {"alpha_in": (0.0, math.inf), "alpha_out": (0.0, math.inf), "threshold
 
 def made_for(pool: ExpertPool, index: Path) -> dict[str, str]:
     """What a calibration depends on: hashes of all experts' files, as their cards have them, and of the index."""
+    return {"experts": _experts_digest(pool), "index": sha256(index)}
+
+
+def _experts_digest(pool: ExpertPool) -> str:
     files = {expert.name: expert.card().get("files", {}) for expert in pool.experts()}
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    return {"experts": digest, "index": sha256(index)}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def read_calibration(pool: ExpertPool) -> dict[str, Any]:
+    """The pool's calibration as stored; empty if there is none. Warns if other experts were calibrated.
+
+    Raises:
+        GliderError: it is no JSON object.
+    """
+    path = pool.router_dir / CALIBRATION_FILE
+    if not path.exists():
+        return {}
+    value = read_json(path, "run calibrate again")
+    noted = value.get("made_for")
+    if isinstance(noted, dict) and noted.get("experts") != _experts_digest(pool):
+        log.warning("%s was made for other experts than the pool has now; run calibrate again", path)
+    return value
 
 
 def check_calibration(pool: ExpertPool, index: Path) -> None:

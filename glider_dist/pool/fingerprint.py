@@ -58,7 +58,7 @@ def check_sites(name: str, shapes: dict[str, tuple[int, int]], known: dict[str, 
 
 
 def check_gate(name: str, gate: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]]) -> None:
-    """Raises GliderError unless the gate has one vector of length d_in for each of the expert's sites."""
+    """Raises GliderError unless the gate has one finite vector of length d_in for each of the expert's sites."""
     for site, (_, d_in) in shapes.items():
         if site not in gate:
             raise GliderError(f"the gate of expert {name!r} lacks site {site}; train it again")
@@ -66,3 +66,5 @@ def check_gate(name: str, gate: dict[str, torch.Tensor], shapes: dict[str, tuple
             raise GliderError(
                 f"the gate of expert {name!r} at {site} has shape {list(gate[site].shape)}, not [{d_in}]"
             )
+        if not torch.isfinite(gate[site]).all():
+            raise GliderError(f"the gate of expert {name!r} is not finite at {site}; train it again")

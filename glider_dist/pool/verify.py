@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 from glider_dist.errors import GliderError
-from glider_dist.pool.adapter import CARD_FILE, GATE_FILE, WEIGHTS_FILE, SiteLora
+from glider_dist.pool.adapter import CARD_FILE, GATE_FILE, WEIGHTS_FILE, check_finite
 from glider_dist.pool.adapter_config import CONFIG_FILE
 from glider_dist.pool.files import sha256
 from glider_dist.pool.fingerprint import check_gate, check_sites
@@ -79,20 +77,6 @@ def _check_weights(expert: Expert, pool: ExpertPool) -> None:
     weights = expert.weights()
     shapes = {site: (lora.B.shape[0], lora.A.shape[1]) for site, lora in weights.items()}
     check_sites(expert.name, shapes, pool.fingerprint.sites)
-    _check_finite(expert, weights)
+    check_finite(expert.name, weights)
     if expert.has_gate:
-        gate = expert.gate()
-        check_gate(expert.name, gate, shapes)
-        for site, vector in gate.items():
-            if not torch.isfinite(vector).all():
-                raise GliderError(f"the gate of expert {expert.name!r} is not finite at {site}; train it again")
-
-
-def _check_finite(expert: Expert, weights: dict[str, SiteLora]) -> None:
-    for site, lora in weights.items():
-        for half, tensor in (("A", lora.A), ("B", lora.B)):
-            # A sum is finite only if every term is; the exact check follows where the sum overflows.
-            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-                raise GliderError(
-                    f"expert {expert.name!r} has values in lora_{half} at {site} that are not finite"
-                )
+        check_gate(expert.name, expert.gate(), shapes)

@@ -17,7 +17,7 @@ import torch
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
 from glider_dist.model.sites import linear_sites, peft_targets
-from glider_dist.pool.adapter import SiteLora, inspect_adapter, write_adapter
+from glider_dist.pool.adapter import SiteLora, check_finite, inspect_adapter, write_adapter
 from glider_dist.pool.lock import hold_all
 from glider_dist.pool.names import check_name
 from glider_dist.pool.store import check_sites
@@ -91,7 +91,7 @@ def train_gates(job: Job) -> None:
     """Train a gate for every expert of a held-in task that has none; A and B stay as they are."""
     pool = job.open_pool(check_base=False)
     tasks = [task for task in job.tasks.held_in if task.name in pool]
-    if not tasks:
+    if job.tasks.held_in and not tasks:
         raise GliderError(f"pool {pool.path} has no expert of a held-in task; run train-experts first")
     todo = [task for task in tasks if not pool.expert(task.name).has_gate]
     _tell(job, "gates", todo, tasks)
@@ -111,7 +111,9 @@ def train_gates(job: Job) -> None:
 
     def slots(count: int) -> GateSlots:
         def read(name: str) -> dict[str, SiteLora]:
-            return pool.expert(name).weights()
+            loras = pool.expert(name).weights()
+            check_finite(name, loras)
+            return loras
 
         return GateSlots(shapes, ranks, read, count, _dtype(job), job.base.dtype, job.base.device)
 

@@ -20,12 +20,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from glider_dist.config import Config, ServiceConfig
+from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.model.cache import cache_dir
 from glider_dist.semantics.cache_file import CacheFile
 from glider_dist.semantics.embedder import Embedder, batch_tokens
 from glider_dist.semantics.service.access import PARENT, TOKEN, is_loopback, read_token
+from glider_dist.semantics.settings import ServiceConfig
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Training many experts in one loop against one after another, and against separate PEFT runs.
 
-``python -m glider_dist.bench.cotrain [mixing] [batches] [startup]`` prints the tables: all three by default, about
+``python -m glider_dist.bench.train [mixing] [batches] [startup]`` prints the tables: all three by default, about
 fifteen minutes on two cores. The base is SmolLM2-135M, the rows are random tokens, the experts have rank 16 on
 every linear layer. One process with all its threads. Ways are timed in turn, and ratios are of medians.
 
@@ -184,7 +184,7 @@ def startup() -> None:
     def seconds(*words: str) -> float:
         started = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "glider_dist.bench.cotrain", *words], check=True, stderr=subprocess.PIPE
+            [sys.executable, "-m", "glider_dist.bench.train", *words], check=True, stderr=subprocess.PIPE
         )
         return time.perf_counter() - started
 
@@ -206,7 +206,7 @@ def main(words: list[str]) -> None:
         return one_peft(words[1])
     tables = {"mixing": mixing, "batches": batches}
     if unknown := [word for word in words if word not in (*tables, "startup")]:
-        raise GliderError(f"bench.cotrain knows mixing, batches and startup, not {unknown[0]!r}")
+        raise GliderError(f"bench.train knows mixing, batches and startup, not {unknown[0]!r}")
     chosen = words or [*tables, "startup"]
     if "startup" in chosen:
         startup()

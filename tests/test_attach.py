@@ -1,0 +1,74 @@
+"""What attaching a pool refuses, and what it warns of."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_jobs import describe_and_index
+
+import glider_dist as gd
+from glider_dist.config import RouterConfig
+from glider_dist.errors import GliderError
+from glider_dist.pool import ExpertPool
+from glider_dist.pool.adapter import GATE_FILE, WEIGHTS_FILE
+from glider_dist.pool.calibration import CALIBRATION_FILE, made_for
+from glider_dist.semantics.index import FILE
+from glider_dist.testing import random_pool, tiny_causal
+
+
+@pytest.fixture
+def base() -> torch.nn.Module:
+    return tiny_causal()
+
+
+@pytest.fixture
+def pool(tmp_path: Path, base: torch.nn.Module) -> ExpertPool:
+    return random_pool(tmp_path / "pool", base, experts=["a", "b", "c"])
+
+
+def spoil(path: Path, value: float) -> str:
+    tensors = load_file(path)
+    key = sorted(tensors)[0]
+    tensors[key].view(-1)[3] = value
+    save_file(tensors, path)
+    return key
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_expert_that_is_not_finite_is_named_and_not_attached(
+    value: float, pool: ExpertPool, base: torch.nn.Module
+) -> None:
+    spoil(pool.expert("b").folder / WEIGHTS_FILE, value)
+    with pytest.raises(GliderError, match=r"expert 'b' has values in lora_A at .* not finite; train it again"):
+        gd.attach_pool(base, pool)
+    base(torch.arange(4, 12)[None])
+
+
+def test_a_gate_that_is_not_finite_is_named(pool: ExpertPool, base: torch.nn.Module) -> None:
+    site = spoil(pool.expert("c").folder / GATE_FILE, float("nan"))
+    with pytest.raises(GliderError, match=f"gate of expert 'c' is not finite at {site}"):
+        gd.attach_pool(base, pool)
+
+
+def test_a_calibration_of_other_experts_is_warned_of_where_it_is_used(
+    pool: ExpertPool, base: torch.nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    describe_and_index(pool)
+    value = {"alpha_in": 7.0, "alpha_out": 2.0, "threshold": 0.4}
+    value |= {"made_for": made_for(pool, pool.router_dir / FILE)}
+    (pool.router_dir / CALIBRATION_FILE).write_text(json.dumps(value))
+    model = gd.attach_pool(base, pool)
+    assert not caplog.records
+    pool.remove("c")
+    gd.detach(model)
+    smaller = ExpertPool.open(pool.path)
+    with caplog.at_level(logging.WARNING):
+        gd.attach_pool(base, smaller, RouterConfig(kind="phatgoose"))
+        assert not caplog.records
+        gd.set_router(base, RouterConfig(), smaller)
+    assert "was made for other experts than the pool has now; run calibrate again" in caplog.text
