@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from glider_dist.declare import check_numbers as _check_numbers
-from glider_dist.declare import finite as _finite
-from glider_dist.declare import not_negative as _not_negative
-from glider_dist.declare import positive as _positive
-from glider_dist.declare import setting as _setting
 from glider_dist.errors import GliderError
-from glider_dist.planning.slurm_config import SlurmConfig
+from glider_dist.fields import check_numbers as _check_numbers
+from glider_dist.fields import finite as _finite
+from glider_dist.fields import not_negative as _not_negative
+from glider_dist.fields import positive as _positive
+from glider_dist.fields import setting as _setting
+from glider_dist.planning.slurm_settings import SlurmConfig
+from glider_dist.semantics.settings import DescribeConfig, ServiceConfig
+from glider_dist.training.joint_settings import JointConfig
 
 
 @dataclass
@@ -70,9 +72,9 @@ class TrainConfig:
     patience: int | None = _positive(
         None, "validations in a row without a better loss that end an expert's training; None: no early stop"
     )
-    save_minutes: float = _positive(
-        10.0, "keep experts that are in training in run_dir/unfinished so often, for a restart after a kill"
-    )
+    save_steps: int = _positive(100, "keep unfinished experts in run_dir/checkpoints every so many steps")
+    save_minutes: float = _positive(10.0, "and at the latest after so many minutes")
+    keep_last: int = _positive(2, "checkpoints kept of each expert; an older one serves if the newest is damaged")
     max_failures: int = _positive(
         5, "steps in a row whose loss or gradient is not finite (they are skipped) that end an expert's training"
     )
@@ -141,6 +143,7 @@ class EvaluateConfig:
     batch_size: int = _positive(64, "queries per generation batch; different tasks share a batch")
     max_new_tokens: int = _positive(16, "answer length at most, in tokens")
     rank_classification: bool = _setting(False, "also score tasks with choices by the likelihood of each choice")
+    save_minutes: float = _positive(1.0, "keep the answers of an unfinished row so often, for a restart")
     bootstrap: int = _positive(1000, "bootstrap samples of the 95 % intervals")
 
 
@@ -153,74 +156,6 @@ class CalibrateConfig:
 
 
 @dataclass
-class ServiceConfig:
-    """The embedding service. Its token and, if it shall not be recorded, its address come from the environment:
-    ``GLIDER_DIST_SERVICE_TOKEN`` and ``GLIDER_DIST_SERVICE_URL``."""
-
-    url: str | None = _setting(
-        None,
-        "embeddings endpoint (ours, vLLM, Text Embeddings Inference, hosted); auto: the job starts its own; "
-        "None: $GLIDER_DIST_SERVICE_URL, else the model in each process",
-    )
-    host: str = _setting("127.0.0.1", "serve-embeddings: address to listen on; a token is needed beyond loopback")
-    port: int = _setting(8090, "serve-embeddings: port; 0: a free one")
-    token_file: str | None = _setting(
-        None, "file with the bearer token, where $GLIDER_DIST_SERVICE_TOKEN is not set"
-    )
-    model: str | None = _setting(
-        None, "model to ask the endpoint for; None: the embedder's name, or its only model"
-    )
-    timeout: float = _positive(60.0, "seconds to keep trying when the endpoint does not answer")
-    fallback: bool = _setting(True, "then load the embedder in this process, and say so once; false: stop")
-    request_texts: int = _positive(128, "texts per request to the endpoint")
-    query_prefix: str | None = _setting(
-        None, "put before each query, as E5 models need ('query: ', in quotes); stored with the index"
-    )
-    description_prefix: str | None = _setting(None, "put before each description; stored with the index")
-    device: str = _setting("cpu", "device of the service's model", ("auto", "cpu", "cuda"))
-    max_batch_tokens: int | None = _positive(
-        None, "tokens per forward pass at most, padding counted; None: 1024 on a CPU, 16384 on a GPU"
-    )
-    max_wait_ms: float = _setting(2.0, "how long an idle model waits for more texts")
-    max_texts: int = _positive(2048, "texts per request at most")
-    max_body_mb: float = _positive(8.0, "size of a request at most")
-    max_queue: int = _positive(16384, "texts that may wait; further requests are answered 429")
-    cache: str | None = _setting(
-        None, "SQLite file of embeddings; None: embeddings.sqlite in the cache folder; off: memory only"
-    )
-    cache_entries: int = _positive(1_000_000, "embeddings kept on disk at most")
-
-
-@dataclass
-class DescribeConfig:
-    """Descriptions by a chat model. Its address and key come from the environment: ``OPENAI_BASE_URL`` and
-    ``OPENAI_API_KEY``."""
-
-    source: str = _setting(
-        "task", "who describes experts: the tasks' own texts, or a chat model (llm)", ("task", "llm")
-    )
-    model: str | None = _setting(None, "chat model; None: $OPENAI_MODEL")
-    examples: int = _positive(3, "training examples that the model sees of each task")
-    descriptions: int = _positive(1, "descriptions per expert")
-    max_tokens: int = _positive(512, "length of the model's answer at most")
-    temperature: float = _setting(0.0, "sampling temperature of the first try; later tries use 0.7 at least")
-    tries: int = _positive(3, "answers asked for until one is valid JSON")
-    retries: int = _setting(6, "times a request is repeated when the endpoint fails or is busy")
-    timeout: float = _positive(60.0, "seconds for one answer")
-    workers: int = _positive(4, "requests under way at once")
-    requests_per_minute: float = _setting(0.0, "requests per minute at most; 0: no limit")
-    cache: str | None = _setting(
-        None, "SQLite file of the model's answers; None: descriptions.sqlite in the cache folder; off: none"
-    )
-    queries: str = _setting(
-        "instruction", "what of a query is embedded: its instruction, or an llm's description of it",
-        ("instruction", "llm"),
-    )  # fmt: skip
-    query_timeout: float = _positive(10.0, "seconds for a query's description; then its instruction is embedded")
-    pooling: str = _setting("max", "over an expert's descriptions: largest or mean cosine", ("max", "mean"))
-
-
-@dataclass
 class Config:
     base: str = _setting("smollm2-135m", "base model: smollm2-135m, a hub id, a model folder or a .gguf file")
     pool: str | None = _setting(None, "the pool's folder; None: run_dir/pool for quickstart, an error elsewhere")
@@ -230,7 +165,9 @@ class Config:
     dtype: str = _setting(
         "auto", "dtype of the base model; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16")
     )
-    zero_stage: int = _setting(0, "0: the base replicated on every rank; 3: sharded over the ranks by ZeRO 3")
+    zero_stage: int = _setting(
+        0, "3: the base sharded over the ranks; 1, 2, 3: of train-joint also optimizer, gradients, experts"
+    )
     dispatch: str = _setting(
         "auto",
         "how tokens and the experts of other ranks meet; auto: the cheaper way at each exchange",
@@ -242,11 +179,13 @@ class Config:
     describe_file: str | None = _setting(
         None, "text file of lines EXPERT: DESCRIPTION for experts that no task of their name describes"
     )
+    max_minutes: float | None = _positive(None, "stop tidily after so many minutes, exit code 85; None: no limit")
     tracking: str = _setting("offline", "Weights & Biases mode", ("offline", "online", "off"))
     tasks: TasksConfig = field(default_factory=TasksConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -261,10 +200,10 @@ class Config:
             GliderError: naming the setting, its value and what is allowed.
         """
         _check_numbers(self)
-        if self.zero_stage not in (0, 3):
-            raise GliderError(
-                f"zero_stage is {self.zero_stage}, but a frozen base is replicated (0) or sharded (3)"
-            )
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise GliderError(f"zero_stage is {self.zero_stage}, but must be 0, 1, 2 or 3")
+        if not 0 <= self.joint.expert_dropout < 1:
+            raise GliderError(f"joint.expert_dropout is {self.joint.expert_dropout}, but must lie in [0, 1)")
         if self.tasks.shard is not None:
             shard_of(self.tasks.shard)
         if self.mesh.placement == "balanced" and self.mesh.load is None:

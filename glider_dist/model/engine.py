@@ -23,7 +23,7 @@ from glider_dist.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-IDLE, FORWARD, BACKWARD, GENERATE = range(4)
+IDLE, FORWARD, BACKWARD, GENERATE, STOP = range(5)
 _GENERATE_LIMIT_BYTES = 4 << 30
 
 
@@ -39,6 +39,8 @@ class FrozenBase:
     def __init__(self, base: BaseModel, ranks: Ranks, zero_stage: int, expert_parallel: int = 1):
         self.model: Any = base.model
         self.ranks = ranks
+        # Nothing here has gradients or an optimizer that stages 1 and 2 could shard.
+        zero_stage = zero_stage if zero_stage == 3 else 0
         self.sharded = zero_stage == 3 and ranks.world > 1
         self.lockstep = self.sharded or expert_parallel > 1
         self.nbytes = sum(p.nbytes for p in self.model.parameters())
@@ -51,7 +53,10 @@ class FrozenBase:
         return sum(getattr(p, "ds_tensor", p).nbytes for p in self.model.parameters())
 
     def turn(self, kind: int) -> int:
-        """What all ranks run now: the largest kind any of them asks for. Free of cost when replicated."""
+        """What all ranks run now: the largest kind any of them asks for. Free of cost when replicated.
+
+        After :data:`STOP` no rank runs anything more.
+        """
         if not self.lockstep:
             return kind
         if kind == GENERATE and self.sharded and self.nbytes > _GENERATE_LIMIT_BYTES:
@@ -60,13 +65,15 @@ class FrozenBase:
                 "use zero_stage=0, a quantised base, or rank classification"
             )
         agreed = self.ranks.largest(kind)
+        if agreed == STOP:
+            return STOP
         if GENERATE in (agreed, kind) and kind not in (agreed, IDLE):
             raise GliderError("some ranks generate while others score; run the same stage on all ranks")
         return agreed
 
     def drain(self, dummy: Callable[[int], None]) -> None:
-        """Run ``dummy(kind)`` until every rank is out of work."""
-        while (kind := self.turn(IDLE)) != IDLE:
+        """Run ``dummy(kind)`` until every rank is out of work, or one of them wishes to stop."""
+        while (kind := self.turn(IDLE)) not in (IDLE, STOP):
             dummy(kind)
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,18 @@ class Ranks:
                 message = str(error)
         if message := self.gather(message)[0]:
             raise GliderError(message)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on every rank at once; a GliderError on any is raised on all of them."""
+        message, value = None, None
+        try:
+            value = work()
+        except GliderError as error:
+            message = str(error)
+        for found in self.gather(message):
+            if found:
+                raise GliderError(found)
+        return cast(T, value)
 
     def largest(self, value: int) -> int:
         """The largest ``value`` of all ranks."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.planning.slurm_chain import Link, make_chain
-from glider_dist.planning.slurm_config import SlurmConfig
 from glider_dist.planning.slurm_script import (
     RANK,
     SITE,
@@ -21,6 +20,7 @@ from glider_dist.planning.slurm_script import (
     directives,
     stage_script,
 )
+from glider_dist.planning.slurm_settings import SlurmConfig
 from glider_dist.pool.files import replacing
 from glider_dist.settings import read_config
 

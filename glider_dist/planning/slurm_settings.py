@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from glider_dist.declare import positive, setting
+from glider_dist.fields import positive, setting
 
 
 @dataclass

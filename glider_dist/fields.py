@@ -1,4 +1,4 @@
-"""How a setting is declared: its default, its text for ``--help``, its choices or the range of its number."""
+"""Declaring settings: a dataclass field with its meaning, its allowed values, and what a number has to be."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ finite = partial(setting, must_be="finite")
 
 
 def check_numbers(config: Any, prefix: str = "") -> None:
-    for setting in fields(config):
-        value, key = getattr(config, setting.name), prefix + setting.name
+    for item in fields(config):
+        value, key = getattr(config, item.name), prefix + item.name
         if is_dataclass(value):
             check_numbers(value, f"{key}.")
-        rule = setting.metadata.get("must_be")
+        rule = item.metadata.get("must_be")
         if rule is not None and value is not None and not _MUST_BE[rule](value):
             raise GliderError(f"{key} is {value}, but must be {rule}")
