@@ -7,41 +7,14 @@ OmegaConf when the configuration is read, ranges and choices by :meth:`Config.va
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field
 
 from glider_dist.errors import GliderError
-
-_MUST_BE: dict[str, Callable[[float], bool]] = {
-    "positive and finite": lambda value: 0 < value < math.inf,
-    "finite and not negative": lambda value: 0 <= value < math.inf,
-    "finite": math.isfinite,
-}
-
-
-def _setting(default: Any, doc: str, choices: tuple[str, ...] = (), must_be: str | None = None) -> Any:
-    """``must_be``: what the number has to be, a key of ``_MUST_BE``; None and other types are not looked at."""
-    metadata = {"doc": doc, "choices": choices, "must_be": must_be}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-_positive = partial(_setting, must_be="positive and finite")
-_not_negative = partial(_setting, must_be="finite and not negative")
-_finite = partial(_setting, must_be="finite")
-
-
-def _check_numbers(config: Any, prefix: str = "") -> None:
-    for setting in fields(config):
-        value, key = getattr(config, setting.name), prefix + setting.name
-        if is_dataclass(value):
-            _check_numbers(value, f"{key}.")
-        rule = setting.metadata.get("must_be")
-        if rule is not None and value is not None and not _MUST_BE[rule](value):
-            raise GliderError(f"{key} is {value}, but must be {rule}")
+from glider_dist.fields import check_numbers as _check_numbers
+from glider_dist.fields import finite as _finite
+from glider_dist.fields import not_negative as _not_negative
+from glider_dist.fields import positive as _positive
+from glider_dist.fields import setting as _setting
 
 
 @dataclass
@@ -236,6 +209,31 @@ class DescribeConfig:
 
 
 @dataclass
+class JointConfig:
+    """The stage train-joint. What is left at None is taken from ``train``."""
+
+    train: str = _setting("both", "what trains; the rest stays as it is", ("both", "experts", "gates"))
+    experts: list[str] = _setting([], "experts that train, with their gates; empty: all")
+    steps: int | None = _positive(None, "optimizer steps; None: train.max_steps")
+    batch_size: int | None = _positive(
+        None, "examples per step of the whole job, whatever its world; None: train.batch_size"
+    )
+    learning_rate: float | None = _positive(None, "of the experts; None: train.learning_rate")
+    gate_learning_rate: float | None = _positive(None, "of the gates; None: train.gate_learning_rate")
+    balance_loss: float = _not_negative(0.0, "weight of the load-balance loss; 0: off")
+    z_loss: float = _not_negative(0.0, "weight of the router z-loss; 0: off")
+    expert_dropout: float = _setting(0.0, "chance that a query may not use an expert in a step; 0: off")
+    router_noise: float = _not_negative(0.0, "standard deviation of noise on the routers' scores; 0: off")
+    multitask: bool = _setting(
+        False, "train one fresh LoRA, named multitask, on all tasks instead; needs its own pool"
+    )
+    deepspeed: str | None = _setting(
+        None, "DeepSpeed's JSON file; None: launch_configs/deepspeed says what is used"
+    )
+    recalibrate: bool = _setting(True, "calibrate again afterwards if the pool had a calibration")
+
+
+@dataclass
 class Config:
     base: str = _setting("smollm2-135m", "base model: smollm2-135m, a hub id, a model folder or a .gguf file")
     pool: str | None = _setting(None, "the pool's folder; None: run_dir/pool for quickstart, an error elsewhere")
@@ -245,7 +243,9 @@ class Config:
     dtype: str = _setting(
         "auto", "dtype of the base model; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16")
     )
-    zero_stage: int = _setting(0, "0: the base replicated on every rank; 3: sharded over the ranks by ZeRO 3")
+    zero_stage: int = _setting(
+        0, "3: the base sharded over the ranks; 1, 2, 3: of train-joint also optimizer, gradients, experts"
+    )
     dispatch: str = _setting(
         "auto",
         "how tokens and the experts of other ranks meet; auto: the cheaper way at each exchange",
@@ -262,6 +262,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -275,10 +276,10 @@ class Config:
             GliderError: naming the setting, its value and what is allowed.
         """
         _check_numbers(self)
-        if self.zero_stage not in (0, 3):
-            raise GliderError(
-                f"zero_stage is {self.zero_stage}, but a frozen base is replicated (0) or sharded (3)"
-            )
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise GliderError(f"zero_stage is {self.zero_stage}, but must be 0, 1, 2 or 3")
+        if not 0 <= self.joint.expert_dropout < 1:
+            raise GliderError(f"joint.expert_dropout is {self.joint.expert_dropout}, but must lie in [0, 1)")
         if self.mesh.placement == "balanced" and self.mesh.load is None:
             raise GliderError("mesh.placement=balanced needs mesh.load, the results.json of an earlier evaluation")
         if self.router.top_p is not None and not 0 < self.router.top_p <= 1:

@@ -107,7 +107,8 @@ def test_a_setting_may_refer_to_another() -> None:
         ("train.learning_rate=nan", ["train.learning_rate", "nan", "positive and finite"]),
         ("lora.rank=0", ["lora.rank is 0"]),
         ("router.top_p=1.5", ["router.top_p is 1.5"]),
-        ("zero_stage=2", ["zero_stage is 2"]),
+        ("zero_stage=4", ["zero_stage is 4"]),
+        ("joint.expert_dropout=1", ["joint.expert_dropout is 1.0"]),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_expected(item: str, needles: list[str]) -> None:

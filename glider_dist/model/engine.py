@@ -39,6 +39,8 @@ class FrozenBase:
     def __init__(self, base: BaseModel, ranks: Ranks, zero_stage: int, expert_parallel: int = 1):
         self.model: Any = base.model
         self.ranks = ranks
+        # Nothing here has gradients or an optimizer that stages 1 and 2 could shard.
+        zero_stage = zero_stage if zero_stage == 3 else 0
         self.sharded = zero_stage == 3 and ranks.world > 1
         self.lockstep = self.sharded or expert_parallel > 1
         self.nbytes = sum(p.nbytes for p in self.model.parameters())
