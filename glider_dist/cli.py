@@ -47,6 +47,7 @@ class Command:
     launches: bool = False
     keeps_record: bool = True  # writes a run directory
     serves: bool = False  # runs as a single process, without ranks and without a run directory
+    plans: bool = False  # takes --ranks, computes and writes nothing
     own_usage: bool = False  # sorts its words and key=value itself, and explains them in the module's USAGE
 
 
@@ -88,6 +89,11 @@ COMMANDS = {
         "glider_dist.semantics.service.server:run",
         "serve the embedder to all ranks, jobs and OpenAI clients over HTTP",
         serves=True,
+    ),
+    "plan": Command(
+        "glider_dist.planning.command:run",
+        "memory, batches, traffic and time of a configuration, without a GPU or weights",
+        plans=True,
     ),
     "pool": Command(
         "glider_dist.pool_command:run",
@@ -188,14 +194,20 @@ def _main(argv: list[str]) -> int:
     if arguments.text is not None and not command.takes_text and not command.own_usage:
         raise GliderError(f"{arguments.text!r} is neither a configuration file nor key=value")
     if (arguments.fresh and not command.launches) or (
-        arguments.ranks and not command.launches and arguments.command != "bench"
+        arguments.ranks
+        and not (command.launches or command.plans or arguments.dry_run)
+        and arguments.command != "bench"
     ):
         raise GliderError(
             f"--ranks and --fresh belong to quickstart (and bench); start {arguments.command} with a launcher"
         )
-    if arguments.dry_run and not command.own_usage:
-        raise GliderError("--dry-run belongs to pool import")
     _set_up_logging()
+    if arguments.dry_run and not command.own_usage:
+        from glider_dist.planning.command import dry_run
+
+        cfg = read_config(arguments.file, arguments.overrides, command.defaults)
+        stages = cfg.plan.stages if command.plans else [arguments.command]
+        return dry_run(stages, cfg, arguments.ranks)
     module, _, function = command.target.partition(":")
     stage = getattr(importlib.import_module(module), function)
     if command.launches or command.own_usage:
@@ -203,6 +215,8 @@ def _main(argv: list[str]) -> int:
     cfg = read_config(arguments.file, arguments.overrides, command.defaults)
     if command.serves:
         return int(stage(cfg))
+    if command.plans:
+        return int(stage(cfg, arguments.ranks))
     run_stage(arguments.command, cfg, stage, arguments.text)
     return 0
 

@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 IDLE, FORWARD, BACKWARD, GENERATE = range(4)
 _GENERATE_LIMIT_BYTES = 4 << 30
+# Smaller parameters stay whole on every rank under ZeRO 3.
+_PERSISTENT = 10_000
+# Parameters that may be whole at once under ZeRO 3, those fetched ahead included; DeepSpeed's own default.
+_LIVE = 1_000_000_000
 
 
 class FrozenBase:
@@ -56,11 +60,8 @@ class FrozenBase:
         """What all ranks run now: the largest kind any of them asks for. Free of cost when replicated."""
         if not self.lockstep:
             return kind
-        if kind == GENERATE and self.sharded and self.nbytes > _GENERATE_LIMIT_BYTES:
-            raise GliderError(
-                f"generation under ZeRO 3 gathers the whole base ({self.nbytes / 2**30:.1f} GiB) for every token; "
-                "use zero_stage=0, a quantised base, or rank classification"
-            )
+        if kind == GENERATE and self.sharded:
+            check_generation(self.nbytes)
         agreed = self.ranks.largest(kind)
         if GENERATE in (agreed, kind) and kind not in (agreed, IDLE):
             raise GliderError("some ranks generate while others score; run the same stage on all ranks")
@@ -70,6 +71,30 @@ class FrozenBase:
         """Run ``dummy(kind)`` until every rank is out of work."""
         while (kind := self.turn(IDLE)) != IDLE:
             dummy(kind)
+
+
+def check_generation(nbytes: int) -> None:
+    """Raises GliderError if a base of so many bytes is too large to generate under ZeRO 3."""
+    if nbytes > _GENERATE_LIMIT_BYTES:
+        raise GliderError(
+            f"generation under ZeRO 3 gathers the whole base ({nbytes / 2**30:.1f} GiB) for every token; "
+            "use zero_stage=0, a quantised base, or rank classification"
+        )
+
+
+def shard_bytes(model: nn.Module, world: int) -> int:
+    """Bytes of the base that each of ``world`` ranks keeps under ZeRO 3: its equal share of every parameter."""
+    return sum(-(-p.numel() // world) * p.element_size() for p in model.parameters())
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Bytes of parameters that a rank holds whole at once under ZeRO 3, at most, beside its shard."""
+    sizes = [(p.numel(), p.nbytes) for p in model.parameters()]
+    kept = sum(nbytes for numel, nbytes in sizes if numel <= _PERSISTENT)
+    element = max(nbytes // numel for numel, nbytes in sizes)
+    # What a layer needs is fetched even over the limit.
+    fetched = (_LIVE + max(numel for numel, _ in sizes)) * element
+    return min(kept + fetched, sum(nbytes for _, nbytes in sizes))
 
 
 def import_deepspeed() -> Any:
@@ -90,7 +115,11 @@ def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
     deepspeed.init_distributed(dist.get_backend(), verbose=False)
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 10_000},
+        "zero_optimization": {
+            "stage": zero_stage,
+            "stage3_param_persistence_threshold": _PERSISTENT,
+            "stage3_max_live_parameters": _LIVE,
+        },
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 1_000_000_000,
     }

@@ -1,0 +1,198 @@
+"""Plans of ``calibrate`` and ``evaluate``: the pool attached to the base, its experts shared by the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from glider_dist.config import RouterConfig
+from glider_dist.evaluation.evaluate import check_stage
+from glider_dist.lora.bank import SiteBank, padded_rank
+from glider_dist.model.attach import CACHE_BYTES, check_dispatch, detach, install, query_scores
+from glider_dist.model.batch import target_nll
+from glider_dist.model.context import RoutingContext
+from glider_dist.model.engine import check_generation
+from glider_dist.model.routed import RoutedLinear
+from glider_dist.model.shared import SharedInputs
+from glider_dist.planning.report import StagePlan, seconds
+from glider_dist.planning.target import META, Target
+from glider_dist.planning.traffic import WAYS, bandwidth, compute_seconds, distinct, exchanges, sharded_traffic
+from glider_dist.routing.strategies import check_router, needs_scores, resolved, strategy_of
+
+
+def plan_calibrate(target: Target) -> StagePlan:
+    """Raises GliderError if the stage cannot run as configured or the device is too small."""
+    cfg = target.cfg
+    router = dataclasses.replace(cfg.router, kind="glider")
+    check_router(router, len(target.experts.names))
+    _check_dispatch(target)
+    batch = target.collator.batch([target.row()] * cfg.evaluate.batch_size)
+    return _plan(target, "calibrate", router, lambda: target_nll(target.frozen.model, batch), 1)
+
+
+def plan_evaluate(target: Target) -> StagePlan:
+    """Raises GliderError if the stage cannot run as configured or the device is too small."""
+    cfg, model = target.cfg, target.frozen.model
+    check_stage(cfg, len(target.experts.names), target.world)
+    routers = [dataclasses.replace(cfg.router, kind=kind) for kind in cfg.evaluate.routers]
+    _check_dispatch(target)
+    if target.sharded:
+        check_generation(target.frozen.nbytes)
+    # The one with most scores; one without scores, such as merged experts, costs no more than the base.
+    router = max(routers, key=lambda router: (strategy_of(router).static is None, needs_scores(router)))
+    if strategy_of(router).static is not None:
+        router = dataclasses.replace(router, kind="base")
+    inputs: dict[str, Any] = target.collator.prompts([target.row()] * cfg.evaluate.batch_size)
+    if target.collator.seq2seq:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :1]
+    else:
+        inputs |= target.collator.positions(inputs["attention_mask"])
+        inputs |= {"logits_to_keep": 1} if target.collator.keeps_logits else {}
+
+    def prefill() -> None:
+        kept = model(**inputs, use_cache=True)  # the cache lives as long as the answers grow
+        del kept
+
+    return _plan(target, "evaluate", router, prefill, cfg.evaluate.max_new_tokens)
+
+
+def _check_dispatch(target: Target) -> None:
+    if target.expert_parallel > 1:
+        check_dispatch(target.cfg.dispatch, target.cfg.router)
+
+
+def _plan(
+    target: Target, stage: str, router: RouterConfig, forward: Callable[[], object], forwards: int
+) -> StagePlan:
+    cfg, total = target.cfg, len(target.experts.names)
+    groups = SharedInputs()
+    with _attached(target, router) as context, _watching(target.frozen.model, groups):
+        gates = list(context.gates.values())
+        banks = [tensor for bank in context.banks.values() for tensor in (bank.A, bank.B)]
+        made = _prototypes(context)
+        trace = target.trace(lambda: _scored(target, router, forward), [*banks, *gates, *made])
+    groups.finish()
+    one = sum(tensor.nbytes for tensor in banks) // total
+    plan = StagePlan(stage)
+    plan.counts = {
+        "experts on a rank": str(target.most_owned),
+        "queries a batch": f"{cfg.evaluate.batch_size} x {cfg.tasks.max_length}",
+    }
+    plan.memory = {
+        **target.base_bytes(),
+        "experts of the pool": target.most_owned * one,
+        "gates of all experts": sum(gate.nbytes for gate in gates),
+        "prototypes of all experts": sum(tensor.nbytes for tensor in made),
+        "activations, logits, keys and values": trace.peak,
+        "reserve (estimated)": target.reserve,
+    }
+    gathered, gathering = sharded_traffic(target, backward=False)
+    time = max(compute_seconds(target, trace.flops), gathering)
+    plan.estimates = {
+        "TFLOP a batch": f"{trace.flops / 1e12:.3g}",
+        "GB from others, the base": f"{gathered / 1e9:.3g}",
+    }
+    if target.expert_parallel > 1:
+        plan.memory["experts fetched, kept"] = min(CACHE_BYTES, (total - target.most_owned) * one)
+        time += _exchange(target, plan, router, list(groups.groups.values()), one)
+    plan.estimates["a batch" if forwards == 1 else "a batch to its first tokens"] = seconds(time)
+    plan.check(cfg.plan.device_gb, _advice(target))
+    return plan
+
+
+def _exchange(
+    target: Target, plan: StagePlan, router: RouterConfig, groups: list[tuple[str, ...]], one: int
+) -> float:
+    """Add what ranks that share the experts exchange in a batch; returns its seconds."""
+    cfg, total = target.cfg, len(target.experts.names)
+    tokens = cfg.evaluate.batch_size * cfg.tasks.max_length
+    if router.shortlist is not None and cfg.dispatch in ("auto", "local"):
+        fetched = distinct(total, router.shortlist, cfg.evaluate.batch_size)
+        plan.memory["experts of the shortlists"] = round(fetched * one)
+        moved = fetched * one * (1 - target.most_owned / total)
+        plan.estimates["GB from others, shortlisted experts"] = f"{moved / 1e9:.3g}"
+        return moved / bandwidth(target, target.expert_parallel)
+    moves = exchanges(target, groups, tokens, router.top_k if router.top_p is None else router.top_p_max)
+    ways = WAYS if cfg.dispatch == "auto" else (cfg.dispatch,)
+    plan.memory["exchange"] = max(move.buffers[way] for move in moves for way in ways)
+    for way in WAYS:
+        plan.estimates[f"GB to others, {way}"] = f"{sum(move.nbytes[way] for move in moves) / 1e9:.3g}"
+        plan.estimates[f"exchanges, {way}"] = seconds(sum(move.seconds[way] for move in moves))
+    return sum(min(move.seconds[way] for way in ways) for move in moves)
+
+
+def _scored(target: Target, router: RouterConfig, forward: Callable[[], object]) -> None:
+    shape = (target.cfg.evaluate.batch_size, len(target.experts.names))
+    scores: Any = nullcontext()
+    if needs_scores(router):
+        scores = query_scores(target.frozen.model, torch.zeros(shape, device=META))
+    with torch.no_grad(), scores:
+        forward()
+
+
+@contextmanager
+def _attached(target: Target, router: RouterConfig) -> Iterator[RoutingContext]:
+    """The whole pool on the meta device.
+
+    A rank that holds a part computes as many rows on average: those that others send it, for its own.
+    """
+    model, names = target.frozen.model, target.experts.names
+    banks = {site: _bank(target, shape) for site, shape in target.shapes.items()}
+    gates = {site: torch.empty(len(names), d_in, device=META) for site, (_, d_in) in target.shapes.items()}
+    context = install(model, names, banks, gates)
+    try:
+        context.use(resolved(router, {})[0])
+        yield context
+    finally:
+        detach(model)
+
+
+def _bank(target: Target, shape: tuple[int, int]) -> SiteBank:
+    count, rank, dtype = len(target.experts.names), target.experts.rank, target.base.dtype
+    d_out, d_in = shape
+    return SiteBank(
+        torch.empty(count, padded_rank(rank), d_in, dtype=dtype, device=META),
+        torch.empty(count, padded_rank(rank), d_out, dtype=dtype, device=META),
+        torch.empty(count, device=META),
+        torch.ones(count, dtype=torch.bool, device=META),
+        (rank,) * count,
+    )
+
+
+def _prototypes(context: RoutingContext) -> list[torch.Tensor]:
+    """What local scores are made from, once and for all batches."""
+    local = context.strategy.local
+    if local is None:
+        return []
+    return [context.prototypes.of(local, site, bank, ()) for site, bank in context.banks.items()]
+
+
+@contextmanager
+def _watching(model: torch.nn.Module, groups: SharedInputs) -> Iterator[None]:
+    """See in the traced forward which sites read one input, as an exchange does."""
+
+    def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(module, RoutedLinear)
+        groups.delta(module.site, args[0], lambda sites, x: [x] * len(sites))
+
+    handles = [
+        module.register_forward_pre_hook(watch) for module in model.modules() if isinstance(module, RoutedLinear)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _advice(target: Target) -> str:
+    ways = [f"cut evaluate.batch_size to {max(1, target.cfg.evaluate.batch_size // 2)}"]
+    if not target.sharded and target.world > 1:
+        ways.append("shard the base (zero_stage=3)")
+    if target.expert_parallel < target.world:
+        ways.append("share the experts among more ranks (mesh.expert_parallel)")
+    return ", or ".join(ways)
