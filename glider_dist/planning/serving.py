@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,9 +19,10 @@ from glider_dist.model.context import RoutingContext
 from glider_dist.model.engine import check_generation
 from glider_dist.model.routed import RoutedLinear
 from glider_dist.model.shared import SharedInputs
+from glider_dist.planning.depth import Measured, measured
 from glider_dist.planning.report import StagePlan, seconds
 from glider_dist.planning.target import META, Target
-from glider_dist.planning.traffic import WAYS, bandwidth, compute_seconds, distinct, exchanges, sharded_traffic
+from glider_dist.planning.traffic import WAYS, bandwidth, compute_seconds, distinct, exchange, sharded_traffic
 from glider_dist.routing.strategies import check_router, needs_scores, resolved, strategy_of
 
 
@@ -69,14 +71,10 @@ def _plan(
     target: Target, stage: str, router: RouterConfig, forward: Callable[[], object], forwards: int
 ) -> StagePlan:
     cfg, total = target.cfg, len(target.experts.names)
-    groups = SharedInputs()
-    with _attached(target, router) as context, _watching(target.frozen.model, groups):
-        gates = list(context.gates.values())
-        banks = [tensor for bank in context.banks.values() for tensor in (bank.A, bank.B)]
-        made = _prototypes(context)
-        trace = target.trace(lambda: _scored(target, router, forward), [*banks, *gates, *made])
-    groups.finish()
-    one = sum(tensor.nbytes for tensor in banks) // total
+    batch = measured(target.base.model, lambda: _measure(target, router, forward))
+    with _attached(target, router) as context:
+        gates, made = list(context.gates.values()), _prototypes(context)
+        one = sum(bank.nbytes() for bank in context.banks.values()) // total
     plan = StagePlan(stage)
     plan.counts = {
         "experts on a rank": str(target.most_owned),
@@ -87,25 +85,25 @@ def _plan(
         "experts of the pool": target.most_owned * one,
         "gates of all experts": sum(gate.nbytes for gate in gates),
         "prototypes of all experts": sum(tensor.nbytes for tensor in made),
-        "activations, logits, keys and values": trace.peak,
+        "activations, logits, keys and values": batch.peak,
         "reserve (estimated)": target.reserve,
     }
     gathered, gathering = sharded_traffic(target, backward=False)
-    time = max(compute_seconds(target, trace.flops), gathering)
+    time = max(compute_seconds(target, batch.flops), gathering)
     plan.estimates = {
-        "TFLOP a batch": f"{trace.flops / 1e12:.3g}",
+        "TFLOP a batch": f"{batch.flops / 1e12:.3g}",
         "GB from others, the base": f"{gathered / 1e9:.3g}",
     }
     if target.expert_parallel > 1:
         plan.memory["experts fetched, kept"] = min(CACHE_BYTES, (total - target.most_owned) * one)
-        time += _exchange(target, plan, router, list(groups.groups.values()), one)
+        time += _exchange(target, plan, router, batch.groups, one)
     plan.estimates["a batch" if forwards == 1 else "a batch to its first tokens"] = seconds(time)
     plan.check(cfg.plan.device_gb, _advice(target))
     return plan
 
 
 def _exchange(
-    target: Target, plan: StagePlan, router: RouterConfig, groups: list[tuple[str, ...]], one: int
+    target: Target, plan: StagePlan, router: RouterConfig, groups: Counter[tuple[tuple[int, int], ...]], one: int
 ) -> float:
     """Add what ranks that share the experts exchange in a batch; returns its seconds."""
     cfg, total = target.cfg, len(target.experts.names)
@@ -116,13 +114,28 @@ def _exchange(
         moved = fetched * one * (1 - target.most_owned / total)
         plan.estimates["GB from others, shortlisted experts"] = f"{moved / 1e9:.3g}"
         return moved / bandwidth(target, target.expert_parallel)
-    moves = exchanges(target, groups, tokens, router.top_k if router.top_p is None else router.top_p_max)
+    places = router.top_k if router.top_p is None else router.top_p_max
+    moves = [(exchange(target, shapes, tokens, places), times) for shapes, times in groups.items()]
     ways = WAYS if cfg.dispatch == "auto" else (cfg.dispatch,)
-    plan.memory["exchange"] = max(move.buffers[way] for move in moves for way in ways)
+    plan.memory["exchange"] = max(move.buffers[way] for move, _ in moves for way in ways)
     for way in WAYS:
-        plan.estimates[f"GB to others, {way}"] = f"{sum(move.nbytes[way] for move in moves) / 1e9:.3g}"
-        plan.estimates[f"exchanges, {way}"] = seconds(sum(move.seconds[way] for move in moves))
-    return sum(min(move.seconds[way] for way in ways) for move in moves)
+        moved = sum(times * move.nbytes[way] for move, times in moves)
+        plan.estimates[f"GB to others, {way}"] = f"{moved / 1e9:.3g}"
+        plan.estimates[f"exchanges, {way}"] = seconds(sum(times * move.seconds[way] for move, times in moves))
+    return sum(times * min(move.seconds[way] for way in ways) for move, times in moves)
+
+
+def _measure(target: Target, router: RouterConfig, forward: Callable[[], object]) -> Measured:
+    """A forward of the blocks that the base has now."""
+    groups = SharedInputs()
+    with _attached(target, router) as context, _watching(target.frozen.model, groups):
+        banks = [tensor for bank in context.banks.values() for tensor in (bank.A, bank.B)]
+        known = [*banks, *context.gates.values(), *_prototypes(context)]
+        trace = target.trace(lambda: _scored(target, router, forward), known)
+    groups.finish()
+    shapes = target.sites()
+    found = Counter(tuple(shapes[site] for site in group) for group in groups.groups.values())
+    return Measured(trace.peak, trace.kept, trace.flops, found)
 
 
 def _scored(target: Target, router: RouterConfig, forward: Callable[[], object]) -> None:
@@ -141,8 +154,9 @@ def _attached(target: Target, router: RouterConfig) -> Iterator[RoutingContext]:
     A rank that holds a part computes as many rows on average: those that others send it, for its own.
     """
     model, names = target.frozen.model, target.experts.names
-    banks = {site: _bank(target, shape) for site, shape in target.shapes.items()}
-    gates = {site: torch.empty(len(names), d_in, device=META) for site, (_, d_in) in target.shapes.items()}
+    shapes = target.sites()
+    banks = {site: _bank(target, shape) for site, shape in shapes.items()}
+    gates = {site: torch.empty(len(names), d_in, device=META) for site, (_, d_in) in shapes.items()}
     context = install(model, names, banks, gates)
     try:
         context.use(resolved(router, {})[0])

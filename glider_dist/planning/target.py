@@ -52,8 +52,7 @@ class Target:
         self.experts = _experts(cfg)
         self.meshes = meshes(self.world, cfg.mesh.expert_parallel)
         self.base: BaseModel = meta_base(cfg)
-        sites = linear_sites(self.base.model, cfg.lora.targets)
-        self.shapes = {name: site.shape for name, site in sites.items()}
+        self.shapes = self.sites()
         self.device = torch.device(on_device(cfg))
         self.collator = Collator(self.base, cfg.tasks.max_length)
         self.frozen = FrozenBase(self.base, ALONE, 0)
@@ -100,13 +99,20 @@ class Target:
         prompt = self.cfg.tasks.max_length - (0 if self.collator.seq2seq else answer)
         return Encoded((0,) * prompt, (0,) * answer)
 
+    def sites(self) -> dict[str, tuple[int, int]]:
+        """``{site: (d_out, d_in)}`` of the base as it is now, which may lack blocks while it is measured."""
+        targets = self.cfg.lora.targets
+        return {name: site.shape for name, site in linear_sites(self.base.model, targets).items()}
+
     def trace(self, work: Callable[[], object], known: list[torch.Tensor]) -> Trace:
         """Run ``work`` on the meta device; tensors in ``known`` and the base's weights are not counted."""
-        with (
-            fused_attention(),
-            Trace([*self.base.model.parameters(), *self.base.model.buffers(), *known]) as trace,
-        ):
-            work()
+        model = self.base.model
+        with fused_attention(), Trace([*model.parameters(), *model.buffers(), *known]) as trace:
+            handle = model.register_forward_hook(lambda *_: trace.keep())
+            try:
+                work()
+            finally:
+                handle.remove()
         return trace
 
 

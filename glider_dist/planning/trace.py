@@ -33,16 +33,21 @@ class Trace(TorchDispatchMode):
     Attributes:
         peak: bytes that were alive at once at most, of those made inside.
         live: bytes that are alive now.
+        kept: bytes that were alive at :meth:`keep`.
         flops: floating-point operations of matrix products and attention; a multiply-add is two.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):
         super().__init__()
-        self.peak = self.live = self.flops = 0
+        self.peak = self.live = self.kept = self.flops = 0
         # Held, so that no new storage takes the place of a known one.
         self._known = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in known)}
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._exceptions = WeakIdKeyDictionary()
+
+    def keep(self) -> None:
+        """Note what is alive now."""
+        self.kept = self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -7,7 +7,6 @@ between ranks: those of the strategies (:mod:`glider_dist.parallel.tokens` and `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
@@ -66,24 +65,14 @@ class Exchange:
     buffers: dict[str, int]
 
 
-def exchanges(target: Target, groups: Sequence[tuple[str, ...]], tokens: int, places: int) -> list[Exchange]:
-    """Of each group of sites.
+def exchange(target: Target, shapes: tuple[tuple[int, int], ...], tokens: int, places: int) -> Exchange:
+    """Of sites of these shapes that read one input.
 
     Args:
+        shapes: ``(d_out, d_in)`` of each.
         tokens: of a rank.
         places: experts of a token.
     """
-    known: dict[tuple[tuple[int, int], ...], Exchange] = {}
-    found = []
-    for group in groups:
-        shapes = tuple(target.shapes[site] for site in group)
-        if shapes not in known:
-            known[shapes] = _exchange(target, shapes, tokens, places)
-        found.append(known[shapes])
-    return found
-
-
-def _exchange(target: Target, shapes: tuple[tuple[int, int], ...], tokens: int, places: int) -> Exchange:
     plan, ranks, rank = target.cfg.plan, target.expert_parallel, padded_rank(target.experts.rank)
     total = len(target.experts.names)
     places = min(places, total)
