@@ -27,8 +27,9 @@ IDLE, FORWARD, BACKWARD, GENERATE = range(4)
 _GENERATE_LIMIT_BYTES = 4 << 30
 # Smaller parameters stay whole on every rank under ZeRO 3.
 _PERSISTENT = 10_000
-# Parameters that may be whole at once under ZeRO 3, those fetched ahead included; DeepSpeed's own default.
+# Under ZeRO 3, parameters that may be whole at once, and of them those fetched together; DeepSpeed's own defaults.
 _LIVE = 1_000_000_000
+_FETCH = 50_000_000
 
 
 class FrozenBase:
@@ -88,13 +89,13 @@ def shard_bytes(model: nn.Module, world: int) -> int:
 
 
 def gathered_bytes(model: nn.Module) -> int:
-    """Bytes of parameters that a rank holds whole at once under ZeRO 3, at most, beside its shard."""
-    sizes = [(p.numel(), p.nbytes) for p in model.parameters()]
-    kept = sum(nbytes for numel, nbytes in sizes if numel <= _PERSISTENT)
-    element = max(nbytes // numel for numel, nbytes in sizes)
-    # What a layer needs is fetched even over the limit.
-    fetched = (_LIVE + max(numel for numel, _ in sizes)) * element
-    return min(kept + fetched, sum(nbytes for _, nbytes in sizes))
+    """Bytes that a rank needs at most, beside its shard, for parameters that are whole for a while under ZeRO 3:
+    those that may live at once and the layer at work, and once more those of the largest message."""
+    sizes = [(p.numel(), p.element_size()) for p in model.parameters()]
+    total, element = sum(numel for numel, _ in sizes), max(element for _, element in sizes)
+    largest = max(numel for numel, _ in sizes)
+    persistent = sum(numel for numel, _ in sizes if numel <= _PERSISTENT)
+    return (min(total, persistent + _LIVE + largest) + min(total, max(_FETCH, largest))) * element
 
 
 def import_deepspeed() -> Any:
@@ -119,6 +120,8 @@ def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
             "stage": zero_stage,
             "stage3_param_persistence_threshold": _PERSISTENT,
             "stage3_max_live_parameters": _LIVE,
+            "stage3_max_reuse_distance": _LIVE,
+            "stage3_prefetch_bucket_size": _FETCH,
         },
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 1_000_000_000,
