@@ -1,6 +1,7 @@
 """The command line: ``glider-dist COMMAND [CONFIG.yaml] [key=value ...]``.
 
-Exit codes: 0 done, 1 an unexpected error, 2 bad input (one sentence says what), 130 interrupted.
+Exit codes: 0 done; 1 an unexpected error; 2 bad input (one sentence says what); 85 stopped as asked, by SIGTERM,
+SIGUSR1, SIGUSR2 or max_minutes: what is done is kept, and the same command goes on; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from glider_dist.config import Config
-from glider_dist.errors import GliderError
+from glider_dist.errors import EXIT_STOPPED, GliderError, Stopped
 from glider_dist.mistakes import tell, told_elsewhere
+from glider_dist.parallel.launch import adopt_slurm
 from glider_dist.settings import read_config, settings
 from glider_dist.tracking.log_file import EarlyLog
 
@@ -47,7 +49,6 @@ class Command:
     launches: bool = False
     keeps_record: bool = True  # writes a run directory
     serves: bool = False  # runs as a single process, without ranks and without a run directory
-    plans: bool = False  # takes --ranks, computes and writes nothing
     own_usage: bool = False  # sorts its words and key=value itself, and explains them in the module's USAGE
 
 
@@ -67,6 +68,9 @@ COMMANDS = {
     "index": Command("glider_dist.semantics.index:run", "embed the descriptions into the global router's index"),
     "calibrate": Command(
         f"{_EVALUATION}.calibrate:run", "choose alpha_in, alpha_out and threshold on validation queries"
+    ),
+    "train-joint": Command(
+        "glider_dist.training.joint:run", "train experts and gates together, through the routers"
     ),
     "evaluate": Command(f"{_EVALUATION}.evaluate:run", "score the routers on test queries and print the table"),
     "bench": Command(
@@ -93,7 +97,16 @@ COMMANDS = {
     "plan": Command(
         "glider_dist.planning.command:run",
         "memory, batches, traffic and time of a configuration, without a GPU or weights",
-        plans=True,
+    ),
+    "fetch": Command(
+        "glider_dist.fetch:run",
+        "bring base, embedder and data sets into the caches, for machines without a network",
+        keeps_record=False,
+    ),
+    "slurm": Command(
+        "glider_dist.planning.slurm:run",
+        "render or submit the pipeline as a chain of batch jobs",
+        own_usage=True,
     ),
     "pool": Command(
         "glider_dist.pool_command:run",
@@ -170,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except GliderError as error:
         mistake = str(error)
+    except Stopped:
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -193,50 +208,57 @@ def _main(argv: list[str]) -> int:
         raise GliderError(f"unknown command {arguments.command!r}; the commands are {', '.join(COMMANDS)}")
     if arguments.text is not None and not command.takes_text and not command.own_usage:
         raise GliderError(f"{arguments.text!r} is neither a configuration file nor key=value")
-    if (arguments.fresh and not command.launches) or (
-        arguments.ranks
-        and not (command.launches or command.plans or arguments.dry_run)
-        and arguments.command != "bench"
-    ):
+    plans = arguments.command == "plan" or (arguments.dry_run and not command.own_usage)
+    takes_ranks = plans or command.launches or arguments.command == "bench"
+    if (arguments.fresh and not command.launches) or (arguments.ranks and not takes_ranks):
         raise GliderError(
             f"--ranks and --fresh belong to quickstart (and bench); start {arguments.command} with a launcher"
         )
+    if not command.serves:
+        adopt_slurm(os.environ)
     _set_up_logging()
-    if arguments.dry_run and not command.own_usage:
-        from glider_dist.planning.command import dry_run
-
-        cfg = read_config(arguments.file, arguments.overrides, command.defaults)
-        stages = cfg.plan.stages if command.plans else [arguments.command]
-        return dry_run(stages, cfg, arguments.ranks)
-    module, _, function = command.target.partition(":")
+    module, _, function = (COMMANDS["plan"] if plans else command).target.partition(":")
     stage = getattr(importlib.import_module(module), function)
-    if command.launches or command.own_usage:
+    if command.own_usage or (command.launches and not plans):
         return int(stage(arguments))
     cfg = read_config(arguments.file, arguments.overrides, command.defaults)
+    if plans:
+        return int(stage(cfg, arguments.command, arguments.ranks))
     if command.serves:
         return int(stage(cfg))
-    if command.plans:
-        return int(stage(cfg, arguments.ranks))
     run_stage(arguments.command, cfg, stage, arguments.text)
     return 0
 
 
 def run_stage(name: str, cfg: Config, stage: Any, text: str | None = None) -> None:
-    """Start the ranks, run one stage on them, and end them tidily."""
+    """Start the ranks, run one stage on them, and end them tidily.
+
+    Raises:
+        Stopped: the job was asked to, and the ranks have agreed.
+    """
     from glider_dist.job import Job
     from glider_dist.parallel.ranks import start_ranks
+    from glider_dist.parallel.stopping import StopWish
 
-    ranks = start_ranks(cfg.device)
-    if not ranks.is_main:
-        logging.getLogger().setLevel(logging.WARNING)
-    job = Job(cfg, name, ranks)
-    if COMMANDS[name].keeps_record:
-        job.check_run_dir()
-    if text is None:
-        stage(job)
-    else:
-        stage(job, text)
-    job.close()
+    stop = StopWish(cfg.max_minutes)
+    with stop.watching():
+        stop.ranks = ranks = start_ranks(cfg.device)
+        if not ranks.is_main:
+            logging.getLogger().setLevel(logging.WARNING)
+        job = Job(cfg, name, ranks, stop)
+        if COMMANDS[name].keeps_record:
+            job.check_run_dir()
+        try:
+            if text is None:
+                stage(job)
+            else:
+                stage(job, text)
+        except Stopped as stopped:
+            if ranks.is_main:
+                log.info("stopped (%s); the same command goes on", stopped)
+            job.close()
+            raise
+        job.close()
 
 
 def _set_up_logging() -> None:
@@ -255,7 +277,10 @@ def _set_up_logging() -> None:
 def _help(name: str) -> str:
     if name not in COMMANDS:
         rows = "\n".join(f"  {key:14} {command.doc}" for key, command in COMMANDS.items())
-        return f"{USAGE}\ncommands:\n{rows}\n\n`glider-dist COMMAND --help` lists every setting."
+        codes = "0 done, 2 bad input, 85 stopped by a signal or max_minutes (run it again), 130 interrupted"
+        return (
+            f"{USAGE}\ncommands:\n{rows}\n\nexit codes: {codes}\n`glider-dist COMMAND --help` lists every setting."
+        )
     if COMMANDS[name].own_usage:
         return str(importlib.import_module(COMMANDS[name].target.partition(":")[0]).USAGE)
     flags = "flags: --ranks N, --fresh\n" if COMMANDS[name].launches else ""

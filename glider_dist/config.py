@@ -15,7 +15,10 @@ from glider_dist.fields import finite as _finite
 from glider_dist.fields import not_negative as _not_negative
 from glider_dist.fields import positive as _positive
 from glider_dist.fields import setting as _setting
-from glider_dist.planning.plan_config import PlanConfig
+from glider_dist.planning.plan_settings import PlanConfig
+from glider_dist.planning.slurm_settings import SlurmConfig
+from glider_dist.semantics.settings import DescribeConfig, ServiceConfig
+from glider_dist.training.joint_settings import JointConfig
 
 
 @dataclass
@@ -30,8 +33,19 @@ class TasksConfig:
     held_out: list[str] = _setting(
         [], "names of tasks to evaluate only; empty: every task whose split is held_out"
     )
+    shard: str | None = _setting(
+        None, "i/n: of the held-in tasks only every n-th, from the i-th (0 to n - 1) on, as one job of an array"
+    )
     limit: int | None = _positive(None, "examples per task and split at most; None: all (procedural: 512/64/64)")
     max_length: int = _positive(512, "tokens per example at most, prompt and answer together")
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """``i/n`` as numbers; raises GliderError unless 0 <= i < n."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise GliderError(f"tasks.shard is {text!r}, but must be i/n with 0 <= i < n, such as 0/4")
+    return int(part), int(parts)
 
 
 @dataclass
@@ -59,9 +73,9 @@ class TrainConfig:
     patience: int | None = _positive(
         None, "validations in a row without a better loss that end an expert's training; None: no early stop"
     )
-    save_minutes: float = _positive(
-        10.0, "keep experts that are in training in run_dir/unfinished so often, for a restart after a kill"
-    )
+    save_steps: int = _positive(100, "keep unfinished experts in run_dir/checkpoints every so many steps")
+    save_minutes: float = _positive(10.0, "and at the latest after so many minutes")
+    keep_last: int = _positive(2, "checkpoints kept of each expert; an older one serves if the newest is damaged")
     max_failures: int = _positive(
         5, "steps in a row whose loss or gradient is not finite (they are skipped) that end an expert's training"
     )
@@ -130,6 +144,7 @@ class EvaluateConfig:
     batch_size: int = _positive(64, "queries per generation batch; different tasks share a batch")
     max_new_tokens: int = _positive(16, "answer length at most, in tokens")
     rank_classification: bool = _setting(False, "also score tasks with choices by the likelihood of each choice")
+    save_minutes: float = _positive(1.0, "keep the answers of an unfinished row so often, for a restart")
     bootstrap: int = _positive(1000, "bootstrap samples of the 95 % intervals")
 
 
@@ -139,99 +154,6 @@ class CalibrateConfig:
     alphas: list[float] = _setting(
         [1.0, 3.0, 10.0, 20.0, 50.0, 100.0], "candidate values of alpha_in and alpha_out"
     )
-
-
-@dataclass
-class ServiceConfig:
-    """The embedding service. Its token and, if it shall not be recorded, its address come from the environment:
-    ``GLIDER_DIST_SERVICE_TOKEN`` and ``GLIDER_DIST_SERVICE_URL``."""
-
-    url: str | None = _setting(
-        None,
-        "embeddings endpoint (ours, vLLM, Text Embeddings Inference, hosted); auto: the job starts its own; "
-        "None: $GLIDER_DIST_SERVICE_URL, else the model in each process",
-    )
-    host: str = _setting("127.0.0.1", "serve-embeddings: address to listen on; a token is needed beyond loopback")
-    port: int = _setting(8090, "serve-embeddings: port; 0: a free one")
-    token_file: str | None = _setting(
-        None, "file with the bearer token, where $GLIDER_DIST_SERVICE_TOKEN is not set"
-    )
-    model: str | None = _setting(
-        None, "model to ask the endpoint for; None: the embedder's name, or its only model"
-    )
-    timeout: float = _positive(60.0, "seconds to keep trying when the endpoint does not answer")
-    fallback: bool = _setting(True, "then load the embedder in this process, and say so once; false: stop")
-    request_texts: int = _positive(128, "texts per request to the endpoint")
-    query_prefix: str | None = _setting(
-        None, "put before each query, as E5 models need ('query: ', in quotes); stored with the index"
-    )
-    description_prefix: str | None = _setting(None, "put before each description; stored with the index")
-    device: str = _setting("cpu", "device of the service's model", ("auto", "cpu", "cuda"))
-    max_batch_tokens: int | None = _positive(
-        None, "tokens per forward pass at most, padding counted; None: 1024 on a CPU, 16384 on a GPU"
-    )
-    max_wait_ms: float = _setting(2.0, "how long an idle model waits for more texts")
-    max_texts: int = _positive(2048, "texts per request at most")
-    max_body_mb: float = _positive(8.0, "size of a request at most")
-    max_queue: int = _positive(16384, "texts that may wait; further requests are answered 429")
-    cache: str | None = _setting(
-        None, "SQLite file of embeddings; None: embeddings.sqlite in the cache folder; off: memory only"
-    )
-    cache_entries: int = _positive(1_000_000, "embeddings kept on disk at most")
-
-
-@dataclass
-class DescribeConfig:
-    """Descriptions by a chat model. Its address and key come from the environment: ``OPENAI_BASE_URL`` and
-    ``OPENAI_API_KEY``."""
-
-    source: str = _setting(
-        "task", "who describes experts: the tasks' own texts, or a chat model (llm)", ("task", "llm")
-    )
-    model: str | None = _setting(None, "chat model; None: $OPENAI_MODEL")
-    examples: int = _positive(3, "training examples that the model sees of each task")
-    descriptions: int = _positive(1, "descriptions per expert")
-    max_tokens: int = _positive(512, "length of the model's answer at most")
-    temperature: float = _setting(0.0, "sampling temperature of the first try; later tries use 0.7 at least")
-    tries: int = _positive(3, "answers asked for until one is valid JSON")
-    retries: int = _setting(6, "times a request is repeated when the endpoint fails or is busy")
-    timeout: float = _positive(60.0, "seconds for one answer")
-    workers: int = _positive(4, "requests under way at once")
-    requests_per_minute: float = _setting(0.0, "requests per minute at most; 0: no limit")
-    cache: str | None = _setting(
-        None, "SQLite file of the model's answers; None: descriptions.sqlite in the cache folder; off: none"
-    )
-    queries: str = _setting(
-        "instruction", "what of a query is embedded: its instruction, or an llm's description of it",
-        ("instruction", "llm"),
-    )  # fmt: skip
-    query_timeout: float = _positive(10.0, "seconds for a query's description; then its instruction is embedded")
-    pooling: str = _setting("max", "over an expert's descriptions: largest or mean cosine", ("max", "mean"))
-
-
-@dataclass
-class JointConfig:
-    """The stage train-joint. What is left at None is taken from ``train``."""
-
-    train: str = _setting("both", "what trains; the rest stays as it is", ("both", "experts", "gates"))
-    experts: list[str] = _setting([], "experts that train, with their gates; empty: all")
-    steps: int | None = _positive(None, "optimizer steps; None: train.max_steps")
-    batch_size: int | None = _positive(
-        None, "examples per step of the whole job, whatever its world; None: train.batch_size"
-    )
-    learning_rate: float | None = _positive(None, "of the experts; None: train.learning_rate")
-    gate_learning_rate: float | None = _positive(None, "of the gates; None: train.gate_learning_rate")
-    balance_loss: float = _not_negative(0.0, "weight of the load-balance loss; 0: off")
-    z_loss: float = _not_negative(0.0, "weight of the router z-loss; 0: off")
-    expert_dropout: float = _setting(0.0, "chance that a query may not use an expert in a step; 0: off")
-    router_noise: float = _not_negative(0.0, "standard deviation of noise on the routers' scores; 0: off")
-    multitask: bool = _setting(
-        False, "train one fresh LoRA, named multitask, on all tasks instead; needs its own pool"
-    )
-    deepspeed: str | None = _setting(
-        None, "DeepSpeed's JSON file; None: launch_configs/deepspeed says what is used"
-    )
-    recalibrate: bool = _setting(True, "calibrate again afterwards if the pool had a calibration")
 
 
 @dataclass
@@ -258,6 +180,7 @@ class Config:
     describe_file: str | None = _setting(
         None, "text file of lines EXPERT: DESCRIPTION for experts that no task of their name describes"
     )
+    max_minutes: float | None = _positive(None, "stop tidily after so many minutes, exit code 85; None: no limit")
     tracking: str = _setting("offline", "Weights & Biases mode", ("offline", "online", "off"))
     tasks: TasksConfig = field(default_factory=TasksConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -270,6 +193,7 @@ class Config:
     service: ServiceConfig = field(default_factory=ServiceConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def validate(self) -> None:
         """Check ranges that types cannot express.
@@ -282,6 +206,8 @@ class Config:
             raise GliderError(f"zero_stage is {self.zero_stage}, but must be 0, 1, 2 or 3")
         if not 0 <= self.joint.expert_dropout < 1:
             raise GliderError(f"joint.expert_dropout is {self.joint.expert_dropout}, but must lie in [0, 1)")
+        if self.tasks.shard is not None:
+            shard_of(self.tasks.shard)
         if self.mesh.placement == "balanced" and self.mesh.load is None:
             raise GliderError("mesh.placement=balanced needs mesh.load, the results.json of an earlier evaluation")
         if self.router.top_p is not None and not 0 < self.router.top_p <= 1:

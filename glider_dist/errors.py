@@ -1,8 +1,16 @@
-"""The one exception for mistakes a user can fix. The command line turns it into one sentence and exit code 2."""
+"""What ends a job other than its work: a mistake that a user can fix, and a stop that was asked for."""
 
 
 class GliderError(ValueError):
-    """Bad input, a bad file or a bad cluster set-up.
+    """Bad input, a bad file or a bad cluster set-up; the command line prints the sentence and exits with code 2.
 
     The message is one sentence that says what is wrong, where, and what to do about it.
     """
+
+
+class Stopped(Exception):
+    """The job was asked to stop and has kept what it did; the command line exits with :data:`EXIT_STOPPED`."""
+
+
+EXIT_STOPPED = 85
+"""Nothing is wrong and not all is done: the same command goes on."""

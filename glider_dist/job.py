@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from glider_dist.config import Config, RouterConfig
@@ -25,6 +26,7 @@ from glider_dist.model.sites import fingerprint
 from glider_dist.parallel.mesh import Mesh, init_mesh
 from glider_dist.parallel.placement import Placement, place
 from glider_dist.parallel.ranks import Ranks
+from glider_dist.parallel.stopping import StopWish
 from glider_dist.pool import ExpertPool, Fingerprint
 from glider_dist.semantics.source import EmbedderSource
 from glider_dist.tasks.source import TaskSuite, load_tasks
@@ -36,11 +38,12 @@ log = logging.getLogger(__name__)
 class Job:
     """See the module. ``run_dir`` is ``cfg.run_dir`` or ``runs/STAGE``."""
 
-    def __init__(self, cfg: Config, stage: str, ranks: Ranks):
+    def __init__(self, cfg: Config, stage: str, ranks: Ranks, stop: StopWish | None = None):
         cfg.validate()
         self.cfg = cfg
         self.stage = stage
         self.ranks = ranks
+        self.stop = stop or StopWish(cfg.max_minutes, ranks)
         self.run_dir = Path(cfg.run_dir or f"runs/{stage}")
         ranks.check_agreement("configuration", f"{stage}\n{OmegaConf.to_yaml(OmegaConf.structured(cfg))}")
 
@@ -70,12 +73,12 @@ class Job:
         """How the ranks share the experts; None in a single process."""
         return init_mesh(self.cfg.mesh.expert_parallel)
 
-    def attach(self, pool: ExpertPool, router: RouterConfig) -> Any:
+    def attach(self, pool: ExpertPool, router: RouterConfig, dtype: torch.dtype | None = None) -> Any:
         """Attach the pool to the base, its experts shared by the mesh; returns the model (see ``attach_pool``)."""
         mesh, placement = self.mesh, None
         if mesh is not None and mesh.expert_parallel > 1:
             placement = self._placement(pool, mesh.expert_parallel)
-        return attach_pool(self.frozen.model, pool, router, mesh, self.cfg.dispatch, placement=placement)
+        return attach_pool(self.frozen.model, pool, router, mesh, self.cfg.dispatch, dtype, placement)
 
     def _placement(self, pool: ExpertPool, ranks: int) -> Placement:
         """As stored in the run directory, else made as configured and stored there."""

@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from glider_dist.evaluation.predict import predict, show
 from glider_dist.evaluation.queries import make_queries
 from glider_dist.job import Job
 from glider_dist.parallel.ranks import ALONE
+from glider_dist.parallel.stopping import SIGNALS, STOP_FILE
 from glider_dist.pool.files import read_json, write_json
 from glider_dist.semantics import describe, index
 from glider_dist.settings import read_config
@@ -158,7 +161,25 @@ def _launch(arguments: Arguments, cfg: Config) -> int:
         env.setdefault("DS_ACCELERATOR", "cpu")
     where = f"{gpus} GPUs found" if gpus else "no GPU found, so on the CPU with gloo"
     log.info("starting %d ranks under the deepspeed launcher (%s)", ranks, where)
-    return subprocess.run(command, env=env, check=False).returncode
+    stop_file = Path(str(cfg.run_dir)) / f".stop.{os.getpid()}"
+    return _run_stoppable(command, env, stop_file)
+
+
+def _run_stoppable(command: list[str], env: dict[str, str], stop_file: Path) -> int:
+    """Run the launcher; signals that ask to stop go to the ranks by a file, since it would die of them or kill the
+    ranks."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop_file.parent.mkdir(parents=True, exist_ok=True)
+        stop_file.touch()
+
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    try:
+        return subprocess.run(command, env={**env, STOP_FILE: str(stop_file.absolute())}, check=False).returncode
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        stop_file.unlink(missing_ok=True)
 
 
 def _free_port() -> int:

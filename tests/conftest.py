@@ -28,6 +28,22 @@ def reference(name: str) -> Path:
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slurm",
+        action="store_true",
+        help="run the tests on a real Slurm (as root on Debian)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slurm") or os.environ.get("CI"):
+        return
+    for item in items:
+        if item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.skip(reason="brings up a real Slurm; run with --slurm"))
+
+
 @pytest.fixture(scope="session")
 def local_ranks() -> Iterator[Callable[[int], LocalRanks]]:
     """Processes that form a gloo group, by their number: started once, since that takes seconds."""

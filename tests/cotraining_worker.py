@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def recipe(name: str, **changes: Any) -> Recipe:
     """Six learning rates, and one task that takes fewer steps than the rest."""
     place = list(SIZES).index(name)
     made = Recipe.of(TrainConfig(learning_rate=2e-3 * (1 + place), batch_size=4, eval_every=20), seed=7)
-    return dataclasses.replace(made, steps=STEPS - 7 * (name == "two"), **changes)
+    return dataclasses.replace(made, **{"steps": STEPS - 7 * (name == "two"), **changes})
 
 
 def examples(name: str, part: str, count: int) -> list[Encoded]:
@@ -105,6 +105,7 @@ def train(
     packing: Packing = MIXED,
     checkpointing: bool = False,
     unfinished: Unfinished | None = None,
+    on_done: Callable[[Trainee, torch.Tensor], None] = lambda trainee, row: None,
 ) -> dict[str, dict[str, Any]]:
     """Train on this rank; by name the best row ``[n]``, losses, validations and what else to compare."""
     made = slots_for(base, kind, slots)
@@ -112,6 +113,7 @@ def train(
     found: dict[str, dict[str, Any]] = {}
 
     def retire(trainee: Trainee, row: torch.Tensor) -> None:
+        on_done(trainee, row)
         found[trainee.name] = {
             **dataclasses.asdict(trainee.progress), "row": row, "tensors": made.tensors(row[None]),
         }  # fmt: skip

@@ -26,8 +26,9 @@ from glider_dist.pool import ExpertPool
 from glider_dist.testing import save_tiny_base, tiny_causal, tiny_seq2seq
 from glider_dist.training.adamw import StackedAdamW, Update, row_norms
 from glider_dist.training.batches import Packing, cuts, micro_batches
+from glider_dist.training.checkpoint import Checkpoints
 from glider_dist.training.cotrain import CoTraining
-from glider_dist.training.unfinished import Unfinished, training_key
+from glider_dist.training.unfinished import Interval, Unfinished, facts_of
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -225,8 +226,9 @@ def test_an_early_stop_keeps_the_best_weights(base):
 def test_a_killed_training_goes_on_after_its_last_save_and_ends_the_same(base, tmp_path, monkeypatch):
     names = list(worker.SIZES)
 
-    def keeper(minutes: float) -> Unfinished:
-        return Unfinished(tmp_path, {name: training_key(few(name)) for name in names}, minutes)
+    def keeper(steps: int) -> Unfinished:
+        facts = {name: facts_of(few(name)) for name in names}
+        return Unfinished(Checkpoints(tmp_path), facts, Interval(steps, 60.0))
 
     whole = run(base, [few(name) for name in names], slots=4)
     turns = 0
@@ -241,12 +243,12 @@ def test_a_killed_training_goes_on_after_its_last_save_and_ends_the_same(base, t
 
     monkeypatch.setattr(CoTraining, "turn", turn_until_killed)
     with pytest.raises(KeyboardInterrupt):
-        run(base, [few(name) for name in names], slots=4, unfinished=keeper(0.0))
+        run(base, [few(name) for name in names], slots=4, unfinished=keeper(1))
     monkeypatch.undo()
     assert len(list(tmp_path.iterdir())) == 4
     drawn = []
     monkeypatch.setattr(CoTraining, "turn", lambda self: drawn.append(len(self._active)) or once(self))
-    again = run(base, [few(name) for name in names], slots=4, unfinished=keeper(60.0))
+    again = run(base, [few(name) for name in names], slots=4, unfinished=keeper(60))
     assert sum(drawn) == 6 * 12 - 4 * 7
     assert again.keys() == whole.keys()
     for name, one in whole.items():
@@ -254,13 +256,6 @@ def test_a_killed_training_goes_on_after_its_last_save_and_ends_the_same(base, t
         assert one["losses"] == again[name]["losses"]
         assert one["validation"] == [tuple(value) for value in again[name]["validation"]]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_kept_state_of_another_recipe_is_not_used(base, tmp_path):
-    one, other = few("one"), few("one", learning_rate=1e-4)
-    assert training_key(one) != training_key(other)
-    assert training_key(one) == training_key(few("one"))
-    assert training_key(one, "expert A") != training_key(one, "expert B")
 
 
 # The stages -------------------------------------------------------------------------------------------------
@@ -336,13 +331,13 @@ def test_an_expert_that_diverges_is_named_by_its_card_and_by_the_exit_code(job):
 
 @pytest.mark.distributed
 def test_a_killed_stage_goes_on_in_the_middle_of_its_experts(job):
-    changes: dict[str, Any] = {"train__max_steps": 40, "train__save_minutes": 1e-6}
+    changes: dict[str, Any] = {"train__max_steps": 40, "train__save_steps": 1}
     words = [sys.executable, "-m", "glider_dist", "train-experts"]
     with cores(1):
         process = start([*words, *job_settings(job, base=job / "base", **changes)], job)
-    unfinished = job / "run" / "unfinished" / "expert"
+    unfinished = job / "run" / "checkpoints" / "expert"
     deadline = time.monotonic() + 180
-    while len(list(unfinished.glob("*.safetensors"))) < 3:
+    while len({path.parent for path in unfinished.glob("*/step-*.safetensors")}) < 3:
         assert process.poll() is None, finish(process)
         assert time.monotonic() < deadline
         time.sleep(0.001)

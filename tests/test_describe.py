@@ -17,11 +17,11 @@ import httpx
 import pytest
 from small_jobs import command, environment, free_port, kill, program, settings, write_tasks
 
-from glider_dist.config import DescribeConfig
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool
 from glider_dist.semantics.chat import ChatModel, NoAnswer, parse_descriptions, prompt_template
 from glider_dist.semantics.chat_descriptions import QueryDescriber, sampled_examples
+from glider_dist.semantics.settings import DescribeConfig
 from glider_dist.tasks.jsonl import read_tasks
 from glider_dist.testing import random_pool, tiny_causal
 

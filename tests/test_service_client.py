@@ -14,13 +14,13 @@ import torch
 from service_process import MODEL, Service, serving, start_service
 from small_jobs import command, free_port
 
-from glider_dist.config import ServiceConfig
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool
 from glider_dist.semantics.client import RemoteEmbedder
 from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.global_router import GlobalRouter
 from glider_dist.semantics.index import FILE, IndexSettings, build_index, read_index, save_index
+from glider_dist.semantics.settings import ServiceConfig
 from glider_dist.testing import random_pool, tiny_causal
 
 TEXTS = [f"Write the plural of the word, form {i}." for i in range(40)]

@@ -75,7 +75,7 @@ def run(job: Job) -> None:
 
     mine = list(range(job.ranks.rank, len(encoded), job.ranks.world))
     model = job.attach(pool, dataclasses.replace(cfg.router, kind="glider", **_fixed(1.0)))
-    runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
+    runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size, job.stop)
     losses = np.zeros((len(cfg.calibrate.alphas), len(encoded)))
     try:
         for place, alpha in enumerate(progress(cfg.calibrate.alphas, desc="alphas", enabled=job.ranks.is_main)):
@@ -83,6 +83,7 @@ def run(job: Job) -> None:
             set_router(model, fixed)
             scope = router_scope(model, fixed, both[mine], None)
             losses[place, mine] = runner.nll([encoded[i] for i in mine], scope).numpy()  # nats per token
+            job.stop.agree(runner.broke_off)
     finally:
         detach(model)
     nll = np.sum(job.ranks.gather(losses), axis=0)

@@ -12,6 +12,7 @@ from typing import Any
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.evaluation.choices import check_choices
+from glider_dist.evaluation.partial import PartialRow
 from glider_dist.evaluation.queries import Query, make_queries, queries_digest
 from glider_dist.evaluation.report import QueryResult, RouterResult, summary_table, task_table, write_reports
 from glider_dist.evaluation.routers import evaluate_router, router_settings
@@ -95,14 +96,32 @@ def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str],
     model = job.attach(pool, first)
     try:
         for kind in progress(todo, desc="routers", enabled=job.ranks.is_main):
-            result, routing = evaluate_router(job, pool, kind, queries, router)
+            minutes = job.cfg.evaluate.save_minutes
+            partial = PartialRow(rows / "partial", kind, key, job.ranks, len(pool), minutes)
+            result, routing = evaluate_router(job, pool, kind, queries, router, partial)
+            _check_unchanged(job, key)
             if job.ranks.is_main:
                 plain = {"key": key, "result": dataclasses.asdict(result), "routing": routing}
                 write_json(rows / f"{kind}.json", plain)
                 mean = sum(query.score for query in result.queries) / len(result.queries)
                 log.info("%s: %.3f over %d queries in %.0f s", kind, mean, len(result.queries), result.seconds)
+                partial.remove()
+            job.stop.agree(job.stop.wished and kind != todo[-1])
     finally:
         detach(model)
+
+
+def _check_unchanged(job: Job, key: str) -> None:
+    """Raises GliderError on all ranks if the pool is not what it was: whose answers are these?"""
+
+    def check() -> None:
+        if rows_key(job, job.open_pool(check_base=False)) != key:
+            raise GliderError(
+                f"pool {job.pool_path} was changed while it was evaluated, so that this row fits neither state; "
+                "start evaluate again for the pool as it is now"
+            )
+
+    job.ranks.on_main(check)
 
 
 def calibration_of(pool: ExpertPool) -> dict[str, Any]:
@@ -127,6 +146,7 @@ def rows_key(job: Job, pool: ExpertPool) -> str:
             "routers": None,
             "bootstrap": None,
             "batch_size": None,
+            "save_minutes": None,
         },
         "base_dtype": [cfg.dtype, cfg.device],
         **query_settings(job),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from glider_dist.errors import GliderError
 from glider_dist.model.batch import Collator, Encoded, target_nll
-from glider_dist.model.engine import BACKWARD, FORWARD, GENERATE, IDLE, FrozenBase
+from glider_dist.model.engine import FORWARD, GENERATE, STOP, FrozenBase
+from glider_dist.parallel.stopping import StopWish
 from glider_dist.tasks.prompt import answer, prompt
 from glider_dist.tasks.task import Example, Task
 
@@ -73,12 +75,30 @@ def no_scope(_: Sequence[int]) -> AbstractContextManager[Any]:
 
 
 class QueryRunner:
-    """Runs this rank's share of the queries over the base, in step with the other ranks if it is sharded."""
+    """Runs this rank's share of the queries over the base, in step with the other ranks if it is sharded.
 
-    def __init__(self, frozen: FrozenBase, collator: Collator, batch_size: int):
+    Args:
+        stop: where it wishes, the loop over the batches breaks off after a batch.
+
+    Attributes:
+        broke_off: whether a loop did, so that what it returned is not whole.
+    """
+
+    def __init__(self, frozen: FrozenBase, collator: Collator, batch_size: int, stop: StopWish | None = None):
         self.frozen = frozen
         self.collator = collator
         self.batch_size = batch_size
+        self.broke_off = False
+        self._stop = stop
+        self._ran = False
+
+    def _goes_on(self, kind: int) -> bool:
+        """Agree with the other ranks on the next batch. The first one is run whatever is wished, so that every
+        start does something."""
+        wish = self._ran and self._stop is not None and self._stop.wished
+        self.broke_off = self.frozen.turn(STOP if wish else kind) == STOP
+        self._ran = True
+        return not self.broke_off
 
     def batches(self, encoded: Sequence[Encoded]) -> Iterator[list[int]]:
         """Positions of the queries of each batch, in the order in which they run."""
@@ -91,7 +111,8 @@ class QueryRunner:
         """Nats per target token of each query; ``[len(encoded)]`` fp32 on the CPU."""
         result = torch.zeros(len(encoded))
         for chosen in self.batches(encoded):
-            self.frozen.turn(FORWARD)
+            if not self._goes_on(FORWARD):
+                return result
             batch = self.collator.batch([encoded[i] for i in chosen])
             with scope(chosen):
                 result[chosen] = (target_nll(self.frozen.model, batch) / batch.targets).cpu()
@@ -100,16 +121,31 @@ class QueryRunner:
 
     @torch.no_grad()
     def answers(
-        self, encoded: Sequence[Encoded], max_new_tokens: int, scope: Scope = no_scope, same_length: bool = False
+        self,
+        encoded: Sequence[Encoded],
+        max_new_tokens: int,
+        scope: Scope = no_scope,
+        same_length: bool = False,
+        known: Mapping[int, str] = MappingProxyType({}),
+        on_batch: Callable[[dict[int, str]], Any] = lambda texts: None,
     ) -> list[str]:
-        """Greedy answers, special tokens removed; ``same_length`` goes on after the end token (for timing)."""
-        texts = [""] * len(encoded)
+        """Greedy answers, special tokens removed; ``same_length`` goes on after the end token (for timing).
+
+        Args:
+            known: answers that are there already, by position; a batch that needs no others is not run.
+            on_batch: called with the answers of each batch, by position.
+        """
+        texts = [known.get(i, "") for i in range(len(encoded))]
         for chosen in self.batches(encoded):
-            self.frozen.turn(GENERATE)
+            if all(i in known for i in chosen):
+                continue
+            if not self._goes_on(GENERATE):
+                return texts
             with scope(chosen):
                 generated = self._generate([encoded[i] for i in chosen], max_new_tokens, same_length)
             for index, text in zip(chosen, generated, strict=True):
                 texts[index] = text
+            on_batch(dict(zip(chosen, generated, strict=True)))
         self.finish(scope, max_new_tokens)
         return texts
 
@@ -132,7 +168,7 @@ class QueryRunner:
         """Take part in the other ranks' collectives until they are done, too."""
 
         def dummy(kind: int) -> None:
-            assert kind not in (IDLE, BACKWARD)
+            assert kind in (FORWARD, GENERATE)
             with scope([0]):
                 if kind == GENERATE:
                     self._generate([Encoded((self.collator.pad,), ())], max_new_tokens)

@@ -14,6 +14,7 @@ from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
 from glider_dist.evaluation.choices import rank_choices
 from glider_dist.evaluation.metrics import score
+from glider_dist.evaluation.partial import PartialRow
 from glider_dist.evaluation.queries import Query, QueryRunner, Scope, no_scope
 from glider_dist.evaluation.report import QueryResult, RouterResult
 from glider_dist.job import Job
@@ -58,18 +59,28 @@ def _row_at_least(rows: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate_router(
-    job: Job, pool: ExpertPool, kind: str, queries: Sequence[Query], router: GlobalRouter | None
+    job: Job,
+    pool: ExpertPool,
+    kind: str,
+    queries: Sequence[Query],
+    router: GlobalRouter | None,
+    partial: PartialRow | None = None,
 ) -> tuple[RouterResult, dict[str, Any]]:
     """Answer and score all queries under one router.
 
+    Args:
+        partial: answers of earlier starts, and where those of this one go.
+
     Returns:
         The result (the same on every rank), and what the routers did: tokens per expert over all sites.
+
+    Raises:
+        Stopped: the job was asked to; the answers so far are in ``partial``.
     """
     model, cfg = job.frozen.model, job.cfg
     used = replace(cfg.router, kind=kind)
     set_router(model, used, pool)
-    reset_routing_stats(model)
-    runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size)
+    runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size, job.stop)
     experts = hindsight_experts(job, queries, runner, len(pool)) if kind == "oracle" else None
     mine = list(range(job.ranks.rank, len(queries), job.ranks.world))
     if router is not None and needs_scores(used):
@@ -86,8 +97,23 @@ def evaluate_router(
         similarity = Ahead(router, [queries[i].instruction for i in mine], batches)
     own = experts[mine] if experts is not None else None
     scope = router_scope(model, used, similarity, own)
-    texts = runner.answers([queries[i].encoded for i in mine], cfg.evaluate.max_new_tokens, scope)
-    seconds = max(job.ranks.gather(time.perf_counter() - started))
+    reset_routing_stats(model)
+
+    def note(found: dict[int, str]) -> None:
+        if partial is not None:
+            partial.add({mine[place]: text for place, text in found.items()}, _tokens(model, pool))
+
+    earlier = partial.known if partial is not None else {}
+    known = {place: earlier[i] for place, i in enumerate(mine) if i in earlier}
+    texts = runner.answers(
+        [queries[i].encoded for i in mine], cfg.evaluate.max_new_tokens, scope, known=known, on_batch=note
+    )
+    if partial is not None:
+        partial.save()
+    if runner.broke_off and similarity is not None:
+        similarity.close()
+    job.stop.agree(runner.broke_off)
+    seconds = max(job.ranks.gather(time.perf_counter() - started)) + (partial.seconds if partial else 0.0)
     waited = similarity.waited if similarity is not None else 0.0
     choices: list[int | None] = [None] * len(mine)
     if cfg.evaluate.rank_classification:
@@ -106,7 +132,7 @@ def evaluate_router(
         rows.append((i, _result(queries[i], texts[place], choices[place], first)))
     everything = dict(row for rows in job.ranks.gather(rows) for row in rows)
     result = RouterResult(kind, tuple(everything[i] for i in range(len(queries))), seconds, job.ranks.world)
-    return result, {**_routing(job, model, pool), "seconds": latency}
+    return result, {**_routing(job, model, pool, partial), "seconds": latency}
 
 
 def _latency(
@@ -159,6 +185,7 @@ def hindsight_experts(job: Job, queries: Sequence[Query], runner: QueryRunner, e
             encoded,
             lambda chosen, e=expert: assign_experts(model, torch.full((len(chosen),), e)),  # type: ignore[misc]
         )
+    job.stop.agree(runner.broke_off)
     table = dict(row for rows in job.ranks.gather(list(losses.items())) for row in rows)
     best: dict[str, int] = {}
     start = 0
@@ -169,12 +196,19 @@ def hindsight_experts(job: Job, queries: Sequence[Query], runner: QueryRunner, e
     return torch.tensor([best[q.task.name] if q.owner is None else q.owner for q in queries])
 
 
-def _routing(job: Job, model: Any, pool: ExpertPool) -> dict[str, Any]:
+def _tokens(model: Any, pool: ExpertPool) -> torch.Tensor:
+    """This rank's tokens per expert ``[E]``, over all sites."""
     total = torch.zeros(len(pool), dtype=torch.int64)
     for counts in routing_stats(model).values():
         if len(counts) == len(pool):
             total += counts
-    total = torch.stack(job.ranks.gather(total)).sum(0)
+    return total
+
+
+def _routing(job: Job, model: Any, pool: ExpertPool, partial: PartialRow | None) -> dict[str, Any]:
+    total = torch.stack(job.ranks.gather(_tokens(model, pool))).sum(0)
+    if partial is not None:
+        total += partial.tokens
     share = total.double() / total.sum().clamp_min(1)
     entropy = float(-(share * share.clamp_min(1e-300).log2()).sum())
     return {

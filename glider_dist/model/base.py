@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
@@ -185,6 +185,32 @@ def _load_from_hub(
             return _load(name, dtype, device, local_only=True)
         except GliderError:
             pass  # only a part of it is cached
+    _ask_hub(name)
+    return _load(name, dtype, device, local_only=False)
+
+
+def fetch_base(base: str) -> str:
+    """Bring a base into the caches without loading it; returns its folder.
+
+    Args:
+        base: see :func:`load_base`.
+
+    Raises:
+        GliderError: it cannot be found or fetched.
+    """
+    source = _resolve(base)
+    if Path(source).is_dir():
+        return source
+    _ask_hub(source)
+    for weights in ("*.safetensors", "*.bin"):
+        folder = snapshot_download(source, allow_patterns=["*.json", weights, *TOKENIZER_FILES])
+        if next(Path(folder).glob(weights), None) is not None:
+            return folder
+    raise GliderError(f"the hub's {source!r} holds no weights in safetensors; pass base=FOLDER")
+
+
+def _ask_hub(name: str) -> None:
+    """Raises GliderError if the hub does not have the model or cannot be asked."""
     try:
         hf_hub_download(name, "config.json")
     except HFValidationError as error:
@@ -196,7 +222,6 @@ def _load_from_hub(
         ) from error
     except OSError as error:
         raise GliderError(f"the hub does not give out {name!r} ({first_line(error)}); check the id") from error
-    return _load(name, dtype, device, local_only=False)
 
 
 def _cached_config(name: str) -> object:

@@ -7,7 +7,7 @@ and its state dict never see the experts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -51,6 +51,7 @@ class RoutingContext:
         prototypes: what local scores compare tokens with.
         dispatch: how tokens and experts of other ranks meet; None if this rank holds every expert.
         shared: sites that read the same input, which share an exchange.
+        watch: shown the scores ``[T, E]`` of each site's tokens, returns those that decide; None: they do.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class RoutingContext:
         self._eligible = {site: mask for site, mask in (eligible or {}).items() if not bool(mask.all())}
         self._brought: tuple[torch.Tensor, dict[str, SiteBank]] | None = None
         self.gated = False
+        self.watch: Callable[[str, Tokens, torch.Tensor], torch.Tensor] | None = None
         self.counts: dict[str, torch.Tensor] = {}
         self.router = RouterConfig(kind="base")
         self.strategy = STRATEGIES["base"]
@@ -257,8 +259,18 @@ class RoutingContext:
         if self.strategy.local == "lag":
             norms = partial(delta_norms, kept_Td, bank, self.prototypes.factors(site, bank, self._general))
         excludes = bias_TE is not None and self._excludes
+        watch = None if self.watch is None else partial(self.watch, site, tokens)
         return route_tokens(
-            self.strategy, self.router, kept_Td, normalised_Td, prototypes, bias_TE, eligible, norms, excludes
+            self.strategy,
+            self.router,
+            kept_Td,
+            normalised_Td,
+            prototypes,
+            bias_TE,
+            eligible,
+            norms,
+            excludes,
+            watch,
         )
 
     def gate_weight(self, site: str, x_Td: torch.Tensor) -> torch.Tensor:

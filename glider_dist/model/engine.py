@@ -23,7 +23,7 @@ from glider_dist.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-IDLE, FORWARD, BACKWARD, GENERATE = range(4)
+IDLE, FORWARD, BACKWARD, GENERATE, STOP = range(5)
 _GENERATE_LIMIT_BYTES = 4 << 30
 # Smaller parameters stay whole on every rank under ZeRO 3.
 _PERSISTENT = 10_000
@@ -58,19 +58,24 @@ class FrozenBase:
         return sum(getattr(p, "ds_tensor", p).nbytes for p in self.model.parameters())
 
     def turn(self, kind: int) -> int:
-        """What all ranks run now: the largest kind any of them asks for. Free of cost when replicated."""
+        """What all ranks run now: the largest kind any of them asks for. Free of cost when replicated.
+
+        After :data:`STOP` no rank runs anything more.
+        """
         if not self.lockstep:
             return kind
         if kind == GENERATE and self.sharded:
             check_generation(self.nbytes)
         agreed = self.ranks.largest(kind)
+        if agreed == STOP:
+            return STOP
         if GENERATE in (agreed, kind) and kind not in (agreed, IDLE):
             raise GliderError("some ranks generate while others score; run the same stage on all ranks")
         return agreed
 
     def drain(self, dummy: Callable[[int], None]) -> None:
-        """Run ``dummy(kind)`` until every rank is out of work."""
-        while (kind := self.turn(IDLE)) != IDLE:
+        """Run ``dummy(kind)`` until every rank is out of work, or one of them wishes to stop."""
+        while (kind := self.turn(IDLE)) not in (IDLE, STOP):
             dummy(kind)
 
 

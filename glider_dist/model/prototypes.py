@@ -39,6 +39,10 @@ class Prototypes:
         made = {site: gate_prototypes(mean).to(banks[site].A.device) for site, mean in means.items()}
         self._made["activation", ()] = made
 
+    def forget_gates(self) -> None:
+        """The gates have changed."""
+        self._made.pop(("gate", ()), None)
+
     def of(self, local: Local, site: str, bank: SiteBank, general: tuple[int, ...]) -> torch.Tensor:
         """``[E, d]`` in fp32 (fp64 for fp64 experts).
 
@@ -46,6 +50,8 @@ class Prototypes:
             bank: the experts that are computed: less the ``general`` ones if there are such.
         """
         kind = "arrow" if local == "lag" else local
+        if kind == "gate" and self.gates[site].requires_grad:
+            return gate_prototypes(self.gates[site])
         known = self._made.setdefault((kind, general), {})
         if site not in known:
             # Kept for later forwards, which may need gradients even if this one does not.

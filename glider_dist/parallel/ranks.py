@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from glider_dist.errors import GliderError
+from glider_dist.parallel.launch import adopt_slurm
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -69,6 +70,18 @@ class Ranks:
         if message := self.gather(message)[0]:
             raise GliderError(message)
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Run ``work`` on every rank at once; a GliderError on any is raised on all of them."""
+        message, value = None, None
+        try:
+            value = work()
+        except GliderError as error:
+            message = str(error)
+        for found in self.gather(message):
+            if found:
+                raise GliderError(found)
+        return cast(T, value)
+
     def largest(self, value: int) -> int:
         """The largest ``value`` of all ranks."""
         if self.control is None:
@@ -99,13 +112,9 @@ ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"), None)
 
 def _environment() -> tuple[int, int, int, int]:
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-        if "MASTER_ADDR" not in env:
-            raise GliderError("MASTER_ADDR is not set; export it in the batch script (first host of the job)")
+    adopt_slurm(env)
     world = int(env.get("WORLD_SIZE", "1"))
-    local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env.get("SLURM_NTASKS_PER_NODE") or world
+    local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world
     return int(env.get("RANK", "0")), world, int(env.get("LOCAL_RANK", "0")), min(int(local_world), world)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
@@ -20,13 +20,8 @@ STAGES: dict[str, Callable[[Target], StagePlan]] = {
 }
 
 
-def run(cfg: Config, ranks: int | None) -> int:
-    """Plan the stages in ``plan.stages`` and print the table."""
-    return dry_run(cfg.plan.stages, cfg, ranks)
-
-
-def dry_run(stages: Sequence[str], cfg: Config, ranks: int | None) -> int:
-    """Plan these stages and print the table; returns 0.
+def run(cfg: Config, command: str, ranks: int | None) -> int:
+    """Plan a stage, or under ``plan`` those in ``plan.stages``, and print the table; returns 0.
 
     Args:
         ranks: of the job; None: ``plan.nodes`` times ``plan.gpus_per_node``.
@@ -34,6 +29,7 @@ def dry_run(stages: Sequence[str], cfg: Config, ranks: int | None) -> int:
     Raises:
         GliderError: a stage cannot work, or has no base model that could be planned for.
     """
+    stages = cfg.plan.stages if command == "plan" else [command]
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise GliderError(f"{unknown[0]} cannot be planned; what can be is {', '.join(STAGES)}")

@@ -7,14 +7,16 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from glider_dist.errors import GliderError
@@ -45,6 +47,10 @@ def replacing(path: Path) -> Iterator[Path]:
         sync_file(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        # Of a write or a sync the system does not say which file it was.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -85,7 +91,22 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     """Save tensors as safetensors, atomically; each is copied to a contiguous CPU tensor of its own."""
     plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with replacing(path) as temporary:
-        save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+        save_tensors(plain, temporary, metadata or {})
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Save contiguous CPU tensors that share no memory; not atomic.
+
+    Raises:
+        OSError: with its number, also where safetensors hides it in a text (a full disk).
+    """
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:
+        if code := re.search(r"code: (\d+)", str(error)):
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), str(path)) from None
+        raise
 
 
 def sha256(path: Path) -> str:
@@ -121,6 +142,15 @@ def replacing_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_up(path: Path) -> None:
+    """Undo what a killed :func:`replacing_folder` has left of ``path``; nobody may be writing it now."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.old", left.name) and not path.exists():
+            os.rename(left, path)  # killed between its two renames
+        elif re.fullmatch(rf"\.{re.escape(path.name)}\.(\w{{8}}\.tmp|\d+\.old)", left.name):
+            shutil.rmtree(left)
 
 
 def _rename_new(source: Path, target: Path) -> None:

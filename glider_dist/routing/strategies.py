@@ -150,6 +150,7 @@ def route_tokens(
     eligible_E: torch.Tensor | None,
     norms: Callable[[torch.Tensor], torch.Tensor] | None = None,
     excludes: bool = True,
+    watch: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Route:
     """Choose experts for T tokens at one site.
 
@@ -160,6 +161,7 @@ def route_tokens(
         bias_TE: ``[T, E]`` the global part ``α c``, or without one 0 and -inf (excluded experts); None: neither.
         eligible_E: ``[E]`` bool, experts that adapt this site; None if all do.
         excludes: whether ``bias_TE`` may hold -inf.
+        watch: shown the scores ``[T, E]``, and returns those that decide (joint training).
         norms: for lag, from the candidates ``[T, C]`` int64 to ``‖s B A x‖`` of each ``[T, C]``.
     """
     scores_TE: torch.Tensor | None = None
@@ -176,6 +178,8 @@ def route_tokens(
         )
     if eligible_E is not None:
         scores_TE = scores_TE.masked_fill(~eligible_E, float("-inf"))
+    if watch is not None:
+        scores_TE = watch(scores_TE)
     if norms is None:
         return _choose(config, scores_TE, excludes or eligible_E is not None)
     candidates = scores_TE.topk(min(config.lag_candidates, scores_TE.shape[1]), dim=-1)

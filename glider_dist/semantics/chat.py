@@ -19,11 +19,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from glider_dist.config import DescribeConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.cache import cache_dir
 from glider_dist.semantics.cache_file import CacheFile
 from glider_dist.semantics.service.access import keep_addresses_out_of_logs
+from glider_dist.semantics.settings import DescribeConfig
 
 log = logging.getLogger(__name__)
 

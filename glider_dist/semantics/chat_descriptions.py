@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
-from glider_dist.config import DescribeConfig
 from glider_dist.errors import GliderError
 from glider_dist.semantics.chat import ChatModel, NoAnswer, prompt_template
+from glider_dist.semantics.settings import DescribeConfig
 
 if TYPE_CHECKING:
     from glider_dist.tasks.task import Example, Task

@@ -18,10 +18,10 @@ import httpx
 import numpy as np
 import torch
 
-from glider_dist.config import ServiceConfig
 from glider_dist.errors import GliderError
 from glider_dist.semantics.embedder import REMEMBERED, Embedder, embed_once
 from glider_dist.semantics.service.access import is_loopback, keep_addresses_out_of_logs
+from glider_dist.semantics.settings import ServiceConfig
 from glider_dist.semantics.vectors import Recent
 
 log = logging.getLogger(__name__)

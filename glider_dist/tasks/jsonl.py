@@ -12,6 +12,7 @@ whose name starts with ``bigbench_`` or ``bbh_``, are for evaluation only.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from glider_dist.tasks.record import (
     task_records,
     texts,
 )
-from glider_dist.tasks.task import Example, Task
+from glider_dist.tasks.task import PARTS, Example, Task
 
 BIG_BENCH_PREFIXES = ("bigbench_", "bbh_")
 
@@ -53,22 +54,17 @@ def read_tasks(folder: Path, limit: int | None) -> list[Task]:
         # "per instance" and null both mean that the lines bring their own choices, if any.
         choices = record.get("choices") if isinstance(record.get("choices"), list) else None
         descriptions, instructions = wordings.get(name, ((), ()))
-        tasks.append(
-            make_task(
-                record,
-                str(index),
-                partial(
-                    _read_split,
-                    folder,
-                    name,
-                    texts(choices, f"choices of {name!r}", str(index)) or None,
-                    limit,
-                ),
-                descriptions=descriptions,
-                instructions=instructions,
-                evaluation_only=record.get("provenance") == "bigbench" or name.startswith(BIG_BENCH_PREFIXES),
-            )
+        for_all = texts(choices, f"choices of {name!r}", str(index)) or None
+        read = partial(_read_split, folder, name, for_all, limit)
+        made = make_task(
+            record,
+            str(index),
+            read,
+            descriptions=descriptions,
+            instructions=instructions,
+            evaluation_only=record.get("provenance") == "bigbench" or name.startswith(BIG_BENCH_PREFIXES),
         )
+        tasks.append(replace(made, origin={part: f"tasks/{name}/{part}.jsonl" for part in PARTS}))
     return tasks
 
 

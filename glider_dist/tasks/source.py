@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from glider_dist.config import TasksConfig
+from glider_dist.config import TasksConfig, shard_of
 from glider_dist.errors import GliderError
 from glider_dist.tasks import hub, jsonl, procedural
 from glider_dist.tasks.task import Task
@@ -16,7 +16,10 @@ from glider_dist.tasks.task import Task
 
 @dataclass(frozen=True)
 class TaskSuite:
-    """The tasks of a run: an expert for each of ``held_in``; ``held_out`` is evaluated only."""
+    """The tasks of a run: an expert for each of ``held_in``; ``held_out`` is evaluated only.
+
+    ``held_in`` is empty where ``tasks.shard`` leaves nothing for this job.
+    """
 
     held_in: tuple[Task, ...]
     held_out: tuple[Task, ...]
@@ -68,7 +71,8 @@ def load_tasks(cfg: TasksConfig, seed: int) -> TaskSuite:
                 f"task {task.name!r} is for evaluation only (BIG-bench data must not be trained on); "
                 "take it out of the held-in tasks"
             )
-    return TaskSuite(tuple(held_in), tuple(held_out))
+    part, parts = shard_of(cfg.shard) if cfg.shard is not None else (0, 1)
+    return TaskSuite(tuple(held_in[part::parts]), tuple(held_out))
 
 
 def _read(cfg: TasksConfig, seed: int) -> list[Task]:

@@ -43,6 +43,7 @@ class Task:
         evaluation_only: never trained on, not even for calibration (BIG-bench and its canary).
         load: reads one part (``train``, ``validation`` or ``test``), up to the configured limit.
         settings: of ``train.*``, in place of the job's for this task's expert and gate.
+        origin: by part, the file below ``tasks.path`` that its examples come from; empty if there is none.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Task:
     evaluation_only: bool
     load: Callable[[str], list[Example]]
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    origin: dict[str, str] = field(default_factory=dict, hash=False)
     _read: dict[str, tuple[Example, ...]] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def examples(self, part: str) -> list[Example]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -59,44 +60,95 @@ class CoTraining:
         self,
         retire: Callable[[Trainee, torch.Tensor], Any],
         on_turn: Callable[[Turn], Any] = lambda turn: None,
-    ) -> None:
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Train all of them, then take part in the other ranks' collectives until they are done, too.
 
         Args:
-            retire: called with each expert that is done and its best row ``[n]``.
+            retire: called with each expert that is done and its best row ``[n]``; in the background, if unfinished
+                ones are kept, after the state of those beside it has been written.
+            stop: asked after each turn; if so, what is unfinished is kept and no further turn is taken.
+
+        Returns:
+            Whether all are done.
         """
         with warnings.catch_warnings():
             # Views of neighbouring rows are strided on purpose; their gradients have the same strides.
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-            while self._waiting or self._active:
-                self.fill()
-                on_turn(self.turn())
-                for slot in list(self._active):
-                    self._after_step(slot, retire)
-                if self.unfinished and self.unfinished.due:
-                    self.unfinished.save(self._active, self.slots, self.optimizer)
-            self.runner.finish()
-
-    def _after_step(self, slot: int, retire: Callable[[Trainee, torch.Tensor], Any]) -> None:
-        trainee = self._active[slot]
-        if trainee.validates:
-            trainee.validated(self.mean_loss(slot, trainee.validate), self.slots.weights[slot])
-        if trainee.done:
-            del self._active[slot]
-            retire(trainee, self._result(trainee))
-            if self.unfinished:
-                self.unfinished.remove(trainee.name)
-
-    def fill(self) -> None:
-        """Give free slots to waiting experts."""
-        for slot in range(len(self.slots.names)):
-            if slot not in self._active and self._waiting:
-                trainee = self._waiting.pop(0)
-                self.slots.enter(slot, trainee.name)
-                self.optimizer.reset(slot)
+            try:
+                kept = self.unfinished.choose(len(self.slots.names)) if self.unfinished else {}
+                while self.fill(retire, kept):
+                    on_turn(self.turn())
+                    if self._after_turn(retire, stop()):
+                        break
                 if self.unfinished:
-                    self.unfinished.load(slot, trainee, self.slots, self.optimizer)
-                self._active[slot] = trainee
+                    self.unfinished.background.wait()
+            finally:
+                if self.unfinished:
+                    self.unfinished.background.close()
+            self.runner.finish()
+        return not self._active and not self._waiting
+
+    def _after_turn(self, retire: Callable[[Trainee, torch.Tensor], Any], stop: bool) -> bool:
+        """Validate, keep and retire what is due; returns ``stop``."""
+        for slot, trainee in self._active.items():
+            if trainee.validates:
+                trainee.validated(self.mean_loss(slot, trainee.validate), self.slots.weights[slot])
+        done = {slot: trainee for slot, trainee in self._active.items() if trainee.done}
+        work = [self._retiring(trainee, retire) for trainee in done.values()]
+        if self.unfinished:
+            if self.unfinished.due() or done or stop:
+                self.unfinished.save(self._active, self.slots, self.optimizer, work)
+        else:
+            for each in work:
+                each()
+        for slot in done:
+            del self._active[slot]
+        return stop
+
+    def _retiring(self, trainee: Trainee, retire: Callable[[Trainee, torch.Tensor], Any]) -> Callable[[], None]:
+        row = self._result(trainee)
+
+        def work() -> None:
+            retire(trainee, row)
+            if self.unfinished:
+                self.unfinished.files.remove(trainee.name)
+
+        return work
+
+    def fill(
+        self,
+        retire: Callable[[Trainee, torch.Tensor], Any] = lambda trainee, row: None,
+        kept: Mapping[str, tuple[int, int | None]] = MappingProxyType({}),
+    ) -> bool:
+        """Give free slots to waiting experts, to those in ``kept`` their own first; returns whether any is used.
+
+        Args:
+            kept: by name, the step at which to go on and the slot, if it is to be a certain one.
+        """
+        for trainee in list(self._waiting):
+            step, slot = kept.get(trainee.name, (0, None))
+            if slot is not None and slot not in self._active:
+                self._enter(slot, trainee, step, retire)
+        for slot in range(len(self.slots.names)):
+            while slot not in self._active and self._waiting:
+                trainee = self._waiting[0]
+                self._enter(slot, trainee, kept.get(trainee.name, (0, None))[0], retire)
+        return bool(self._active)
+
+    def _enter(
+        self, slot: int, trainee: Trainee, step: int, retire: Callable[[Trainee, torch.Tensor], Any]
+    ) -> None:
+        self._waiting.remove(trainee)
+        self.slots.enter(slot, trainee.name)
+        self.optimizer.reset(slot)
+        if self.unfinished and step:
+            self.unfinished.load(step, slot, trainee, self.slots, self.optimizer)
+        if trainee.done:
+            # Its job ended between its last step and the pool.
+            self._retiring(trainee, retire)()
+        else:
+            self._active[slot] = trainee
 
     def turn(self) -> Turn:
         """One step of every expert in a slot."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,18 +18,20 @@ from glider_dist.errors import GliderError
 from glider_dist.job import Job
 from glider_dist.model.sites import linear_sites, peft_targets
 from glider_dist.pool.adapter import SiteLora, check_finite, inspect_adapter, write_adapter
+from glider_dist.pool.lock import hold_all
 from glider_dist.pool.names import check_name
 from glider_dist.pool.store import check_sites
 from glider_dist.tasks.task import Task
 from glider_dist.tracking.progress import progress
 from glider_dist.training.batches import packing_for, slots_for
+from glider_dist.training.checkpoint import Checkpoints
 from glider_dist.training.cotrain import CoTraining, Turn
-from glider_dist.training.prepare import prepare
+from glider_dist.training.prepare import SHARES, checkpoint_folder, note_shares, prepare, task_facts
 from glider_dist.training.runner import Runner, installed
 from glider_dist.training.slots import ExpertSlots, GateSlots, Slots
 from glider_dist.training.summary import report
 from glider_dist.training.trainee import Trainee
-from glider_dist.training.unfinished import Unfinished, training_key
+from glider_dist.training.unfinished import Facts, Interval, Unfinished, digest, facts_of
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ def train_experts(job: Job) -> None:
         there.check_base(job.fingerprint)
     lora, cfg = job.cfg.lora, job.cfg
     chosen = linear_sites(job.base.model, lora.targets)
-    mine = prepare(job, todo, gate=False)
+    mine = prepare(job, todo, "expert")
     pool = job.create_pool()
     targets = peft_targets(chosen, job.base.model)
     task_type = "SEQ_2_SEQ_LM" if job.collator.seq2seq else "CAUSAL_LM"
@@ -59,33 +62,36 @@ def train_experts(job: Job) -> None:
 
     def store(made: ExpertSlots, trainee: Trainee, row: torch.Tensor) -> None:
         task, weights = task_of[trainee.name], made.weights_of(row)
-        pool.write(
-            task.name,
-            lambda folder: write_adapter(folder, weights, lora.alpha, targets, cfg.base, task_type),
-            {
-                "task": task.name,
-                "definition": task.definition,
-                "category": task.category,
-                "training": {"rank": lora.rank, "alpha": lora.alpha, **trainee.record()},
-                "scores": {"validation_loss": trainee.progress.best_loss} if trainee.best is not None else {},
-            },
-        )
+        card = {
+            "task": task.name,
+            "definition": task.definition,
+            "category": task.category,
+            "training": {"rank": lora.rank, "alpha": lora.alpha, **trainee.record()},
+            "scores": {"validation_loss": trainee.progress.best_loss} if trainee.best is not None else {},
+        }
 
-    _train(
-        job,
-        "expert",
-        mine,
-        slots,
-        store,
-        lambda name: (repr(lora), repr(job.fingerprint), str(job.base.dtype)),
-    )
+        def fill(folder: Path) -> None:
+            write_adapter(folder, weights, lora.alpha, targets, cfg.base, task_type)
+
+        try:
+            pool.write(task.name, fill, card, replace=False)
+        except FileExistsError:
+            raise GliderError(
+                f"expert {task.name!r} was added to pool {pool.path} while it was in training here; that one "
+                "stays, start the job again to go on with the others"
+            ) from None
+
+    def facts(name: str) -> Facts:
+        return {**task_facts(task_of[name]), **_base_facts(job), "lora": digest(lora)}
+
+    _train(job, "expert", mine, slots, store, facts)
 
 
 def train_gates(job: Job) -> None:
     """Train a gate for every expert of a held-in task that has none; A and B stay as they are."""
     pool = job.open_pool(check_base=False)
     tasks = [task for task in job.tasks.held_in if task.name in pool]
-    if not tasks:
+    if job.tasks.held_in and not tasks:
         raise GliderError(f"pool {pool.path} has no expert of a held-in task; run train-experts first")
     todo = [task for task in tasks if not pool.expert(task.name).has_gate]
     _tell(job, "gates", todo, tasks)
@@ -101,7 +107,7 @@ def train_gates(job: Job) -> None:
         sites_of[task.name] = set(info.shapes)
         ranks |= {site: max(rank, ranks.get(site, 0)) for site, rank in info.ranks.items()}
     shapes = {site: shape for site, shape in known.items() if site in ranks}
-    mine = prepare(job, todo, gate=True)
+    mine = prepare(job, todo, "gate")
 
     def slots(count: int) -> GateSlots:
         def read(name: str) -> dict[str, SiteLora]:
@@ -111,18 +117,27 @@ def train_gates(job: Job) -> None:
 
         return GateSlots(shapes, ranks, read, count, _dtype(job), job.base.dtype, job.base.device)
 
+    files = {task.name: pool.expert(task.name).card().get("files") for task in todo}
+    task_of = {task.name: task for task in todo}
+
     def store(made: GateSlots, trainee: Trainee, row: torch.Tensor) -> None:
         gate = {site: v for site, v in made.gate_of(row).items() if site in sites_of[trainee.name]}
-        pool.expert(trainee.name).write_gate(gate, gate_training=trainee.record())
+        expert = pool.expert(trainee.name)
+        if expert.card().get("files") != files[trainee.name]:
+            raise GliderError(
+                f"expert {trainee.name!r} of pool {pool.path} was changed while its gate was in training, which "
+                "does not fit it any more; run train-gates again"
+            )
+        expert.write_gate(gate, gate_training=trainee.record())
 
-    _train(
-        job,
-        "gate",
-        mine,
-        slots,
-        store,
-        lambda name: (repr(pool.expert(name).card()["files"]), str(job.base.dtype)),
-    )
+    def facts(name: str) -> Facts:
+        return {**task_facts(task_of[name]), **_base_facts(job), "the expert itself": digest(files[name])}
+
+    _train(job, "gate", mine, slots, store, facts)
+
+
+def _base_facts(job: Job) -> Facts:
+    return {"the base": digest(job.fingerprint), "dtype": str(job.base.dtype)}
 
 
 def _dtype(job: Job) -> torch.dtype:
@@ -145,24 +160,30 @@ def _train(
     mine: Sequence[Trainee],
     make: Callable[[int], S],
     store: Callable[[S, Trainee, torch.Tensor], None],
-    parts: Callable[[str], Sequence[str]],
+    facts: Callable[[str], Facts],
 ) -> None:
     """Train this rank's experts or gates, store each when it is done and report on all ranks'.
 
     Args:
         make: slots for so many.
         store: writes one that is done to the pool, from its best row.
-        parts: what, besides recipe and examples, an unfinished training by that name depends on.
+        facts: what, besides recipe and examples, the training by that name depends on.
 
     Raises:
         GliderError: some stopped early as their loss was not finite; the others are done and stored.
+        Stopped: the job was asked to, and not all are done.
     """
     train, ranks = job.cfg.train, job.ranks
     slots = make(slots_for(job.base.device, train.experts_in_flight, len(mine)))
     runner = Runner(job.frozen, job.collator, slots)
     packing = packing_for(job.base.device, train.micro_batch_tokens, train.micro_batch_size)
-    keys = {trainee.name: training_key(trainee, *parts(trainee.name)) for trainee in mine}
-    unfinished = Unfinished(job.run_dir / "unfinished" / kind, keys, train.save_minutes)
+    depends = {trainee.name: facts_of(trainee, **facts(trainee.name)) for trainee in mine}
+    files = Checkpoints(checkpoint_folder(job, kind), train.keep_last)
+    interval = Interval(train.save_steps, train.save_minutes)
+    unfinished = Unfinished(files, depends, interval, (ranks.rank, ranks.world))
+    ranks.together(unfinished.check)
+    locks = ranks.together(lambda: hold_all(job.pool_path, [trainee.name for trainee in mine]))
+    note_shares(job, kind, mine)
     loop = CoTraining(runner, mine, packing, unfinished)
     if ranks.is_main:
         log.info(
@@ -182,8 +203,11 @@ def _train(
 
     started = time.perf_counter()
     model = job.frozen.model
-    with installed(model, (), slots.seen(), gated=kind == "gate", checkpointing=train.gradient_checkpointing):
-        loop.run(lambda trainee, row: store(slots, trainee, row), on_turn)
+    gated = kind == "gate"
+    with locks, installed(model, (), slots.seen(), gated=gated, checkpointing=train.gradient_checkpointing):
+        done = loop.run(lambda trainee, row: store(slots, trainee, row), on_turn, lambda: job.stop.wished)
     bar.close()
+    job.stop.agree(not done)
+    ranks.on_main(lambda: (files.folder / SHARES).unlink(missing_ok=True))
     report(job, kind, mine, runner, time.perf_counter() - started)
     assert not any(parameter.requires_grad for parameter in model.parameters())

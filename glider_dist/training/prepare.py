@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -12,21 +13,29 @@ from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
 from glider_dist.model.batch import Encoded
+from glider_dist.pool.files import read_json, write_json
 from glider_dist.tasks.prompt import answer, prompt
 from glider_dist.tasks.task import Task
 from glider_dist.training.order import share_out
 from glider_dist.training.trainee import Recipe, Trainee
+from glider_dist.training.unfinished import Facts, digest
+
+CHECKPOINTS, SHARES = "checkpoints", "shares.json"
 
 
-def prepare(job: Job, tasks: Sequence[Task], gate: bool) -> list[Trainee]:
-    """This rank's share of the tasks, such that all ranks train on about the same number of tokens.
+def prepare(job: Job, tasks: Sequence[Task], kind: str) -> list[Trainee]:
+    """This rank's share of the tasks, such that all ranks train on about the same number of tokens; where a job of
+    as many ranks was broken off, as it had shared them out.
 
     Each rank reads and encodes a part of the tasks to learn what they cost, and then the ones that it trains.
+
+    Args:
+        kind: "expert" or "gate".
 
     Raises:
         GliderError: on all ranks, for the first task whose settings or examples are wrong.
     """
-    recipes = {task.name: _recipe(job, task, gate) for task in tasks}
+    recipes = {task.name: _recipe(job, task, kind == "gate") for task in tasks}
     known: dict[str, Trainee] = {}
     problem = ""
     try:
@@ -39,8 +48,44 @@ def prepare(job: Job, tasks: Sequence[Task], gate: bool) -> list[Trainee]:
         if found:
             raise GliderError(found)
         costs |= part
-    mine = share_out([costs[task.name] for task in tasks], job.ranks.world)[job.ranks.rank]
-    return [known.get(tasks[i].name) or _trainee(job, tasks[i], recipes[tasks[i].name]) for i in mine]
+    shares = _shares_before(job, kind, set(recipes))
+    if shares is None:
+        names = [task.name for task in tasks]
+        shares = [[names[i] for i in part] for part in share_out([costs[name] for name in names], job.ranks.world)]
+    task_of = {task.name: task for task in tasks}
+    return [known.get(name) or _trainee(job, task_of[name], recipes[name]) for name in shares[job.ranks.rank]]
+
+
+def _shares_before(job: Job, kind: str, names: set[str]) -> list[list[str]] | None:
+    path = checkpoint_folder(job, kind) / SHARES
+    if not path.exists():
+        return None
+    shares = job.ranks.gather(read_json(path, "delete it") if job.ranks.is_main else {})[0].get("shares", [])
+    if len(shares) != job.ranks.world or not names <= {name for share in shares for name in share}:
+        return None
+    return [[name for name in share if name in names] for share in shares]
+
+
+def note_shares(job: Job, kind: str, mine: Sequence[Trainee]) -> None:
+    """Write down who trains what, for a start after this one."""
+    shares = job.ranks.gather([trainee.name for trainee in mine])
+    path = checkpoint_folder(job, kind) / SHARES
+    before = _shares_before(job, kind, {name for share in shares for name in share})
+    if before is None:
+        job.ranks.on_main(lambda: write_json(path, {"shares": shares}))
+
+
+def checkpoint_folder(job: Job, kind: str) -> Path:
+    return job.run_dir / CHECKPOINTS / kind
+
+
+def task_facts(task: Task) -> Facts:
+    """What of a task's own files its training depends on."""
+    facts = {}
+    for part in ("train", "validation"):
+        where = f"{task.origin[part]} in tasks.path" if part in task.origin else f"the {part} examples of its task"
+        facts[where] = digest([(one.id, one.input, one.target) for one in task.examples(part)])
+    return {**facts, "the definition or the wordings of its task": digest((task.definition, task.instructions))}
 
 
 def _recipe(job: Job, task: Task, gate: bool) -> Recipe:

@@ -1,7 +1,9 @@
-"""Experts in training, kept on disk now and then, so that a killed job goes on where it was.
+"""Experts in training, kept on disk now and then, so that a job that ended early goes on where it was.
 
-One file per expert, so that a job with another number of ranks can take it up. Weights, moments and counts are all
-that there is: the data order follows from seed and name.
+Each expert has checkpoint files of its own, so that a job with another number of ranks can take it up. Weights,
+moments and counts are all that there is: the data order follows from seed and name. The experts that a rank trains
+side by side are saved together and know of each other: a job with as many ranks puts them into the same slots at
+the same steps, so that forwards are shared as before and the result is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -10,85 +12,189 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from glider_dist.pool.files import write_tensors
+from glider_dist.errors import GliderError
+from glider_dist.model.batch import Encoded
 from glider_dist.training.adamw import StackedAdamW
+from glider_dist.training.background import Background
+from glider_dist.training.checkpoint import Checkpoints, Damaged
 from glider_dist.training.slots import Slots
 from glider_dist.training.trainee import Progress, Trainee
 
 log = logging.getLogger(__name__)
+Facts = dict[str, str]
+"""What an expert's training depends on: by a name that a user knows, a value or its digest."""
 
 
-def training_key(trainee: Trainee, *parts: str) -> str:
-    """Hex digest of all that an expert's training depends on: its recipe, its examples and ``parts``."""
-    digest = hashlib.sha256(json.dumps([asdict(trainee.recipe), trainee.name, *parts]).encode())
-    for item in (*trainee.train, *trainee.validate):
-        digest.update(repr((item.prompt, item.answer)).encode())
-    return digest.hexdigest()
+def digest(value: Any) -> str:
+    """Of a value with a faithful ``repr``."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def facts_of(trainee: Trainee, **more: str) -> Facts:
+    """``more`` comes first, as a change of the tasks' files changes what is made of them, too."""
+    recipe = {f"{key} of its recipe": str(value) for key, value in asdict(trainee.recipe).items()}
+    examples = {"train": trainee.train, "validation": trainee.validate}
+    return {**more, **recipe, **{f"its {part} tokens": _tokens(items) for part, items in examples.items()}}
+
+
+def _tokens(items: Iterable[Encoded]) -> str:
+    found = hashlib.sha256()
+    for item in items:
+        found.update(repr((item.prompt, item.answer)).encode())
+    return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often to save: whichever comes first."""
+
+    steps: int
+    minutes: float
 
 
 class Unfinished:
-    """The folder of unfinished experts of one kind.
+    """The unfinished experts of one kind, as one rank sees them.
 
     Attributes:
-        keys: by name, :func:`training_key`; a file with another key is of another training and not used.
+        facts: by name, of every expert that this rank trains.
+        place: rank and world.
     """
 
-    def __init__(self, folder: Path, keys: Mapping[str, str], minutes: float):
-        self.folder = folder
-        self.keys = keys
-        self.seconds = 60 * minutes
+    def __init__(
+        self, files: Checkpoints, facts: Mapping[str, Facts], interval: Interval, place: tuple[int, int] = (0, 1)
+    ):
+        self.files = files
+        self.facts = facts
+        self.place = list(place)
+        self.interval = interval
+        self.background = Background()
+        self._turn = self._saved = 0
         self._last = time.monotonic()
 
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
-
-    @property
     def due(self) -> bool:
-        return time.monotonic() - self._last >= self.seconds
+        """Ask after every turn. Raises GliderError if an earlier save has failed."""
+        self.background.check()
+        self._turn += 1
+        late = time.monotonic() - self._last >= 60 * self.interval.minutes
+        return (late or self._turn - self._saved >= self.interval.steps) and not self.background.busy
 
-    def save(self, active: Mapping[int, Trainee], slots: Slots, optimizer: StackedAdamW) -> None:
-        """Write every expert that is in a slot."""
-        for slot, trainee in active.items():
-            tensors = {
-                "weights": slots.weights[slot],
-                "mean": optimizer.mean[slot],
-                "square": optimizer.square[slot],
-                "updates": optimizer.steps[slot],
-            }
-            if trainee.best is not None:
-                tensors["best"] = trainee.best
-            record = {"key": self.keys[trainee.name], "progress": json.dumps(asdict(trainee.progress))}
-            write_tensors(self._path(trainee.name), tensors, record)
-        self._last = time.monotonic()
+    def save(
+        self,
+        active: Mapping[int, Trainee],
+        slots: Slots,
+        optimizer: StackedAdamW,
+        then: Sequence[Callable[[], Any]] = (),
+    ) -> None:
+        """Copy every expert that is in a slot, and write the copies in the background, ``then`` do that."""
+        beside = {trainee.name: [slot, trainee.progress.step] for slot, trainee in active.items()}
+        writes = [self._write(slot, trainee, beside, slots, optimizer) for slot, trainee in sorted(active.items())]
+        self.background.submit(*writes, *then)
+        self._saved, self._last = self._turn, time.monotonic()
 
-    def load(self, slot: int, trainee: Trainee, slots: Slots, optimizer: StackedAdamW) -> None:
-        """Go on with an expert that has just entered a slot, if there is a file of this very training."""
+    def _write(
+        self, slot: int, trainee: Trainee, beside: dict[str, list[int]], slots: Slots, optimizer: StackedAdamW
+    ) -> Callable[[], None]:
+        rows = {
+            "weights": slots.weights[slot],
+            "mean": optimizer.mean[slot],
+            "square": optimizer.square[slot],
+            "updates": optimizer.steps[slot],
+        }
+        tensors = {key: row.detach().to("cpu", copy=True) for key, row in rows.items()}
+        if trainee.best is not None:
+            tensors["best"] = trainee.best
+        step = trainee.progress.step
+        record = {
+            "facts": self.facts[trainee.name],
+            # Serialised now: the lists in it go on growing.
+            "progress": json.dumps(asdict(trainee.progress)),
+            "place": self.place,
+            "turn": self._turn,
+            "beside": beside,
+        }
+        return lambda: self.files.write(trainee.name, step, tensors, record)
+
+    def check(self) -> None:
+        """Look at what is there for this rank's experts, before any of them trains.
+
+        Raises:
+            GliderError: a checkpoint cannot be read, or something that the training depends on has changed since.
+        """
+        for name, now in self.facts.items():
+            for step in self.files.steps(name):
+                try:
+                    before = self.files.record(name, step).get("facts", {})
+                except Damaged:
+                    continue
+                changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
+                if changed:
+                    raise GliderError(_changed(name, step, changed[0], before, now, self.files))
+                break
+
+    def choose(self, slots: int) -> dict[str, tuple[int, int | None]]:
+        """The step at which each expert goes on, and its slot if it is to have a certain one.
+
+        If this rank of a job with as many ranks saved experts side by side, these; else each its newest good file.
+        """
+        good: dict[tuple[str, int], bool] = {}
+
+        def is_good(name: str, step: int) -> bool:
+            if (name, step) not in good:
+                good[name, step] = self._good(name, step)
+            return good[name, step]
+
+        sets = []
+        chosen: dict[str, tuple[int, int | None]] = {}
+        for name in self.facts:
+            steps = [step for step in self.files.steps(name) if is_good(name, step)]
+            if steps:
+                chosen[name] = (steps[0], None)
+            elif self.files.steps(name):
+                log.warning("no checkpoint of %s is good; its training starts anew", name)
+            for record in (self.files.record(name, step) for step in steps):
+                beside = {other: place for other, place in record["beside"].items() if other in self.facts}
+                if record["place"] == self.place and all(is_good(other, at) for other, (_, at) in beside.items()):
+                    sets.append((record["turn"], sorted(beside.items())))
+        if sets:
+            self._turn, latest = max(sets)
+            self._saved = self._turn
+            chosen |= {name: (step, slot if slot < slots else None) for name, (slot, step) in latest}
+        return chosen
+
+    def _good(self, name: str, step: int) -> bool:
+        if step not in self.files.steps(name):
+            return False
         try:
-            with safe_open(self._path(trainee.name), "pt") as file:
-                record = file.metadata() or {}
-                if record.get("key") != self.keys[trainee.name]:
-                    return
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except FileNotFoundError:
-            return
-        except SafetensorError as error:
-            log.warning("%s cannot be read (%s); its training starts anew", self._path(trainee.name), error)
-            return
+            self.files.read(name, step)
+        except Damaged as error:
+            older = [other for other in self.files.steps(name) if other < step]
+            log.warning("%s; %s", error, f"step {older[0]} is tried" if older else "there is no older one")
+            return False
+        return True
+
+    def load(self, step: int, slot: int, trainee: Trainee, slots: Slots, optimizer: StackedAdamW) -> None:
+        """Go on with an expert that has just entered a slot."""
+        part = self.files.read(trainee.name, step)
         with torch.no_grad():
-            slots.weights[slot].copy_(tensors["weights"])
-            optimizer.mean[slot].copy_(tensors["mean"])
-            optimizer.square[slot].copy_(tensors["square"])
-            optimizer.steps[slot].copy_(tensors["updates"])
-        trainee.resume(Progress(**json.loads(record["progress"])), tensors.get("best"))
+            slots.weights[slot].copy_(part.tensors["weights"])
+            optimizer.mean[slot].copy_(part.tensors["mean"])
+            optimizer.square[slot].copy_(part.tensors["square"])
+            optimizer.steps[slot].copy_(part.tensors["updates"])
+        trainee.resume(Progress(**json.loads(part.record["progress"])), part.tensors.get("best"))
         log.info("%s goes on after step %d", trainee.name, trainee.progress.step)
 
-    def remove(self, name: str) -> None:
-        """Forget an expert that is done."""
-        self._path(name).unlink(missing_ok=True)
+
+def _changed(name: str, step: int, what: str, before: Facts, now: Facts, files: Checkpoints) -> str:
+    values = before.get(what, "nothing"), now.get(what, "nothing")
+    # Digests say nothing to a reader.
+    how = f" from {values[0]} to {values[1]}" if max(map(len, values)) < 40 else ""
+    return (
+        f"{what} changed{how} since the checkpoint of {name!r} at step {step}; change it back to go on, "
+        f"or delete {files.folder / name} to start this expert anew"
+    )

@@ -7,8 +7,8 @@ import logging
 import os
 from pathlib import Path
 
-from glider_dist.config import ServiceConfig
 from glider_dist.errors import GliderError
+from glider_dist.semantics.settings import ServiceConfig
 
 URL = "GLIDER_DIST_SERVICE_URL"
 TOKEN = "GLIDER_DIST_SERVICE_TOKEN"

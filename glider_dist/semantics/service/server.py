@@ -20,12 +20,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from glider_dist.config import Config, ServiceConfig
+from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.model.cache import cache_dir
 from glider_dist.semantics.cache_file import CacheFile
 from glider_dist.semantics.embedder import Embedder, batch_tokens
 from glider_dist.semantics.service.access import PARENT, TOKEN, is_loopback, read_token
+from glider_dist.semantics.settings import ServiceConfig
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,9 @@ def run(cfg: Config) -> int:
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     # uvicorn drains and then raises the signal again for the handler that was there before it.
     signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        # A scheduler sends them to the whole job; what they mean, the ranks know.
+        signal.signal(number, signal.SIG_IGN)
     with _listen(settings.host, settings.port) as listener:
         address = f"http://{_in_url(settings.host)}:{listener.getsockname()[1]}"
         if parent := os.environ.get(PARENT):

@@ -1,0 +1,81 @@
+"""The answers of a row that is not done: kept now and then, so that a job that ended early asks them only once."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from glider_dist.errors import GliderError
+from glider_dist.parallel.ranks import Ranks
+from glider_dist.pool.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+
+class PartialRow:
+    """One router's answers so far. All ranks make it together.
+
+    A job with another number of ranks starts the row anew, since answers may depend on what shares a batch.
+
+    Attributes:
+        known: answers of earlier starts, by position of the query.
+        tokens: tokens per expert ``[E]`` that these took, on all ranks together; zeros if there are none.
+        seconds: that earlier starts spent on them.
+    """
+
+    def __init__(self, folder: Path, kind: str, key: str, ranks: Ranks, experts: int, minutes: float):
+        self._folder, self._kind, self._ranks = folder, kind, ranks
+        self._key = f"{key}/{ranks.world}"
+        # Of this start alone: files of earlier ones stay as they are.
+        self._path = folder / f"{kind}.{ranks.rank}.{secrets.token_hex(4)}.json"
+        self._seconds = 60 * minutes
+        self._started = self._last = time.monotonic()
+        self._new: dict[int, str] = {}
+        found = ranks.gather(self._read(experts) if ranks.is_main else None)[0]
+        assert found is not None
+        self.known, self.tokens, self.seconds = found
+        if self.known and ranks.is_main:
+            log.info("%s: %d answers are there from an earlier start", kind, len(self.known))
+
+    def _read(self, experts: int) -> tuple[dict[int, str], torch.Tensor, float]:
+        known: dict[int, str] = {}
+        seconds = 0.0
+        tokens = torch.zeros(experts, dtype=torch.int64)
+        for path in sorted(self._folder.glob(f"{self._kind}.*.json")):
+            try:
+                value = read_json(path)
+                if value.get("key") == self._key:
+                    texts = {int(place): str(text) for place, text in value["texts"].items()}
+                    tokens += torch.tensor(value["tokens"], dtype=torch.int64)
+                    known |= texts
+                    # Ranks work at the same time, starts one after the other.
+                    seconds += value["seconds"] if value["rank"] == 0 else 0.0
+            except (GliderError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                log.warning("%s is damaged (%s); its answers are asked for again", path, error)
+        return known, tokens, seconds
+
+    def add(self, texts: Mapping[int, str], tokens: torch.Tensor) -> None:
+        """Note the answers of a batch, by position of the query, and this rank's tokens per expert ``[E]`` up to
+        now; written if it is time."""
+        self._new.update(texts)
+        self._tokens = tokens
+        if time.monotonic() - self._last >= self._seconds:
+            self.save()
+
+    def save(self) -> None:
+        """Write what :meth:`add` has noted."""
+        if self._new:
+            spent = {"rank": self._ranks.rank, "seconds": round(time.monotonic() - self._started, 3)}
+            plain = {"key": self._key, **spent, "tokens": self._tokens.tolist(), "texts": self._new}
+            write_json(self._path, plain)
+        self._last = time.monotonic()
+
+    def remove(self) -> None:
+        """Delete the files of all ranks and starts: the row is done."""
+        for path in self._folder.glob(f"{self._kind}.*.json"):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""What ``srun`` tells a process, in torch's words: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+Slurm names no meeting place. Ours is the first node of the step, where rank 0 runs, and a port that follows from
+the job and the step, so that jobs that share a node do not meet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import MutableMapping
+
+from glider_dist.errors import GliderError
+
+# Below the ports that Linux gives to outgoing connections (from 32768), above those of usual services.
+_FIRST_PORT, _PORTS = 10240, 22500
+_STEPS = 5  # of one job at a time; jobs whose ids differ by less than 4,500 never share a port
+
+
+def adopt_slurm(env: MutableMapping[str, str]) -> None:
+    """Set what torch wants where ``srun`` started this process as one of several, and no launcher has.
+
+    Only a step counts: the batch script itself, which has SLURM_PROCID too, is no rank.
+
+    Raises:
+        GliderError: the step's variables are not as Slurm documents them.
+    """
+    world = env.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in env or world == "1" or "SLURM_PROCID" not in env:
+        return
+    try:
+        per_node = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
+        env["LOCAL_WORLD_SIZE"] = str(per_node[int(env["SLURM_NODEID"])])
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(port_of(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]))))
+    except (KeyError, ValueError, IndexError) as error:
+        raise GliderError(
+            f"srun's variables SLURM_* cannot be read ({error!r}); start the ranks with srun"
+        ) from None
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], world
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm host list: ``gpu[03-05,9]-ib[0-1],login`` gives ``gpu03-ib0``.
+
+    Raises:
+        ValueError: it is no host list.
+    """
+    # The first comma outside of brackets ends the first name.
+    found = re.match(r"(?:[^\[\],\s]|\[\d[\d,-]*\])+", nodes)
+    if found is None:
+        raise ValueError(f"no host list: {nodes!r}")
+    return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", found.group())
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """``2(x3),1`` gives ``[2, 2, 2, 1]``. Raises ValueError if it is of another form."""
+    counts: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ValueError(f"no task counts: {text!r}")
+        counts += [int(found[1])] * int(found[2] or 1)
+    return counts
+
+
+def port_of(job: int, step: int) -> int:
+    """The port where the ranks of a job's step meet."""
+    return _FIRST_PORT + (job * _STEPS + step % _STEPS) % _PORTS

@@ -1,0 +1,111 @@
+"""The wish to stop: a signal to any rank, a time limit, or a file that a launcher makes. All ranks heed it.
+
+A rank that leaves alone hangs the others, so a wish spreads through the key-value store of the launch, and a stage
+acts on it in two steps: each rank breaks off its loop at a boundary of its own (:attr:`StopWish.wished`), keeps
+what it has done, and then all together find out whether any of them did (:meth:`StopWish.agree`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch.distributed as dist
+
+from glider_dist.errors import Stopped
+from glider_dist.parallel.ranks import ALONE, Ranks
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_FILE = "GLIDER_DIST_STOP_FILE"
+"""Environment variable: the path of a file that, once it is there, asks the ranks to stop."""
+_KEY = "glider_dist/stop"
+_LOOK_SECONDS = 0.2
+
+
+class StopWish:
+    """Whether this job is to stop.
+
+    Args:
+        max_minutes: after which the job wishes it by itself; None: never.
+
+    Attributes:
+        ranks: this job's processes, once they have met.
+    """
+
+    def __init__(self, max_minutes: float | None = None, ranks: Ranks = ALONE):
+        self.ranks = ranks
+        self._limit = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._minutes = max_minutes
+        self._reason = ""
+        self._spread = False
+        self._looked = -_LOOK_SECONDS
+        self._file = os.environ.get(STOP_FILE)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take the signals as wishes. Only the main thread can; elsewhere they stay what they are."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._reason = self._reason or signal.Signals(number).name
+
+    @property
+    def wished(self) -> bool:
+        """What this rank knows now; ask at every boundary at which it could stop. Costs nothing much: others are
+        asked a few times a second."""
+        now = time.monotonic()
+        if not self._reason and self._limit is not None and now >= self._limit:
+            self._reason = f"max_minutes={self._minutes:g} have passed"
+        if not self._reason and now - self._looked >= _LOOK_SECONDS:
+            self._looked = now
+            self._reason = self._from_others()
+        if self._reason and not self._spread:
+            self._spread = True
+            log.info("%s: stopping after this step", self._reason)
+            self._tell_others()
+        return bool(self._reason)
+
+    def agree(self, broke_off: bool) -> None:
+        """All ranks call it after a loop that each may have broken off, with what it has done already kept.
+
+        Raises:
+            Stopped: on every rank, if any of them has broken off.
+        """
+        if found := [reason for reason in self.ranks.gather(self._reason if broke_off else "") if reason]:
+            raise Stopped(found[0])
+
+    def _from_others(self) -> str:
+        if self._file and os.path.exists(self._file):
+            return "the launcher was asked to"
+        if self.ranks.world == 1:
+            return ""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            return store.get(_KEY).decode() if store.check([_KEY]) else ""
+        except RuntimeError as error:
+            # It died with rank 0, of which the next collective tells.
+            log.debug("the store cannot be reached: %s", error)
+            return ""
+
+    def _tell_others(self) -> None:
+        if self.ranks.world > 1:
+            try:
+                dist.distributed_c10d._get_default_store().set(_KEY, self._reason)
+            except RuntimeError as error:
+                log.debug("the store cannot be reached: %s", error)

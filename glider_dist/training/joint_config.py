@@ -1,0 +1,97 @@
+"""DeepSpeed's configuration for joint training: ours, or a JSON file whose ``auto`` are filled in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from glider_dist.config import Config
+from glider_dist.errors import GliderError
+from glider_dist.pool.files import read_json
+from glider_dist.training.adamw import BETAS, EPS
+
+_MOST_IN_A_BUCKET = 50_000_000
+# Left to the user where they are given; everything else must be what the job says.
+_FREE = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+_FREE_THRESHOLD = "stage3_param_persistence_threshold"
+
+
+def deepspeed_config(cfg: Config, world: int, learning_rate: float, elements: int) -> dict[str, Any]:
+    """What ``deepspeed.initialize`` is given.
+
+    The engine holds the experts and gates alone, in fp32 whatever the dtype of the base. We cut batches and scale
+    losses ourselves, so to DeepSpeed every forward is a batch of one.
+
+    Args:
+        elements: trained numbers on this rank; buckets are no larger.
+
+    Raises:
+        GliderError: the combination is known to be wrong, or the file of ``joint.deepspeed`` contradicts the job.
+    """
+    check_combination(cfg)
+    bucket = max(1, min(elements, _MOST_IN_A_BUCKET))
+    made: dict[str, Any] = {
+        "train_batch_size": world,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": learning_rate,
+                "betas": list(BETAS),
+                "eps": EPS,
+                "weight_decay": cfg.train.weight_decay,
+                "torch_adam": True,
+            },
+        },
+        "gradient_clipping": cfg.train.max_grad_norm,
+        "zero_optimization": {
+            "stage": cfg.zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            _FREE_THRESHOLD: 0,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+    if cfg.joint.deepspeed is None:
+        return made
+    path = Path(cfg.joint.deepspeed)
+    given = read_json(path)
+    for part in ("bf16", "fp16"):
+        if given.pop(part, {}).get("enabled") is True:
+            raise GliderError(
+                f"{path}: {part} is on, but experts and gates train in fp32 over a base of any dtype; remove it"
+            )
+    return _filled(given, made, str(path), "")
+
+
+def check_combination(cfg: Config) -> None:
+    """Raises GliderError for what DeepSpeed is known to compute wrongly."""
+    if cfg.zero_stage == 0 and cfg.mesh.expert_parallel > 1 and cfg.train.max_grad_norm:
+        raise GliderError(
+            "zero_stage=0 clips wrongly with mesh.expert_parallel above 1 (DeepSpeed issue 8475); "
+            "use zero_stage=1, 2 or 3, or train.max_grad_norm=0"
+        )
+
+
+def _filled(given: dict[str, Any], made: dict[str, Any], path: str, prefix: str) -> dict[str, Any]:
+    """``made``, with what ``given`` adds; a value that both have must be equal unless it is free."""
+    result = dict(made)
+    for name, value in given.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            result[name] = _filled(value, made.get(name, {}), path, f"{key}.")
+        elif value == "auto" and name not in made:
+            raise GliderError(f"{path}: {key} is auto, but train-joint has no value for it; write a number")
+        elif value != "auto" and name in made and value != made[name] and name not in (*_FREE, _FREE_THRESHOLD):
+            raise GliderError(
+                f"{path}: {key} is {value}, but the job says {made[name]}; write auto, or change the job's setting"
+            )
+        elif value != "auto":
+            result[name] = value
+    return result

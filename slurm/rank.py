@@ -1,0 +1,35 @@
+"""One rank of a batch job: ``rank.py FOLDER STAGE ...`` runs ``glider-dist STAGE ...`` and leaves in FOLDER what
+the batch script cannot learn from a launcher.
+
+``pid-NODE-RANK`` is where a signal for this rank goes: one sent through Slurm would reach every process below it,
+too. ``exit-RANK`` is its exit code, absent if it was killed: ``deepspeed`` returns 0 then. "Go on later" (85)
+leaves with 0, or ``srun --kill-on-bad-exit`` would kill the ranks that are still at their checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+AGAIN = 85
+
+
+def run(folder: Path, words: list[str]) -> int:
+    rank = os.environ["SLURM_PROCID"]
+    (folder / f"pid-{os.environ['SLURMD_NODENAME']}-{rank}").write_text(f"{os.getpid()}\n")
+    from glider_dist.cli import main
+
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        (folder / f"exit-{rank}").write_text("1\n")
+        raise
+    (folder / f"exit-{rank}").write_text(f"{code}\n")
+    return 0 if code == AGAIN else code
+
+
+if __name__ == "__main__":
+    sys.exit(run(Path(sys.argv[1]), sys.argv[2:]))

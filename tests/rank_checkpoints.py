@@ -1,0 +1,155 @@
+"""Co-training that is broken off and goes on, as work for local ranks, and the same without any."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cotraining_worker as worker
+import torch
+import torch.distributed as dist
+
+from glider_dist.errors import Stopped
+from glider_dist.job import Job
+from glider_dist.model.engine import FrozenBase
+from glider_dist.parallel.ranks import ALONE, Ranks
+from glider_dist.parallel.stopping import _KEY, StopWish
+from glider_dist.settings import read_config
+from glider_dist.training.checkpoint import Checkpoints
+from glider_dist.training.cotrain import CoTraining
+from glider_dist.training.experts import train_experts, train_gates
+from glider_dist.training.order import share_out
+from glider_dist.training.trainee import Trainee
+from glider_dist.training.unfinished import Interval, Unfinished, facts_of
+
+STAGES = {"train-experts": train_experts, "train-gates": train_gates}
+
+
+class Killed(BaseException):
+    """Stands for the end of a process in a test that goes on."""
+
+
+def here() -> Ranks:
+    """This local rank, or a single process."""
+    if not dist.is_initialized():
+        return ALONE
+    rank, world = dist.get_rank(), dist.get_world_size()
+    # As a launcher does, for DeepSpeed.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+    return Ranks(rank, world, rank, world, torch.device("cpu"), dist.group.WORLD)
+
+
+class Patient(Unfinished):
+    """Waits for each save, so that a test knows which is the last one; otherwise one may be left out."""
+
+    def due(self) -> bool:
+        self.background.wait()
+        return super().due()
+
+
+def keeper(folder: Path, names: Sequence[str], ranks: Ranks, **recipe: Any) -> Unfinished:
+    """Saves after every turn."""
+    facts = {name: facts_of(worker.trainee(name, **recipe_of(name, recipe))) for name in names}
+    return Patient(Checkpoints(folder), facts, Interval(1, 60.0), (ranks.rank, ranks.world))
+
+
+def recipe_of(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """``steps`` may be a number for each expert."""
+    steps = recipe.get("steps", 20)
+    return {**recipe, "steps": steps[name] if isinstance(steps, dict) else steps}
+
+
+@contextlib.contextmanager
+def at_turn(number: int | None, what: Any) -> Iterator[None]:
+    """Do something before the turn of that number (the first is 1)."""
+    once, turns = CoTraining.turn, 0
+
+    def turn(self: CoTraining) -> Any:
+        nonlocal turns
+        turns += 1
+        if turns == number:
+            what()
+        return once(self)
+
+    CoTraining.turn = turn  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CoTraining.turn = once  # type: ignore[method-assign]
+
+
+def done_file(folder: str, name: str) -> Path:
+    return Path(folder) / "done" / f"{name}.pt"
+
+
+def killed() -> None:
+    raise Killed
+
+
+def cotrain(
+    folder: str | None, zero_stage: int, kill_at: int | None, dtype: str = "float32", slots: int = 0, **recipe: Any
+) -> dict[str, dict[str, Any]]:
+    """Train the six experts of the worker, or die at a turn; by name, this rank's progress, row and drawn rows.
+
+    Those that are done have a file in ``folder/done``, as they would be in the pool, and are not trained again.
+    """
+    torch.set_num_threads(1)
+    ranks = here()
+    base = worker.base_model(getattr(torch, dtype))
+    frozen = FrozenBase(base, ranks, zero_stage)
+    everyone = [worker.trainee(name, **recipe_of(name, recipe)) for name in worker.SIZES]
+    mine = [everyone[i] for i in share_out([one.cost for one in everyone], ranks.world)[ranks.rank]]
+    slots = slots or len(mine)
+    mine = [one for one in mine if folder is None or not done_file(folder, one.name).exists()]
+    unfinished = keeper(Path(folder), [one.name for one in mine], ranks, **recipe) if folder else None
+    if unfinished:
+        unfinished.check()
+    drawn: dict[str, list[tuple[int, str]]] = {one.name: [] for one in mine}
+    draw = Trainee.draw
+
+    def noted(self: Trainee) -> Any:
+        rows = draw(self)
+        drawn[self.name].append((self.progress.step, hashlib.sha256(repr(rows).encode()).hexdigest()[:8]))
+        return rows
+
+    def store(one: Trainee, row: torch.Tensor) -> None:
+        if folder is not None:
+            done_file(folder, one.name).parent.mkdir(exist_ok=True)
+            torch.save({"row": row, "losses": one.progress.losses}, done_file(folder, one.name))
+
+    Trainee.draw = noted  # type: ignore[method-assign]
+    try:
+        with at_turn(kill_at, killed):
+            found = worker.train(frozen, base, "expert", mine, slots, unfinished=unfinished, on_done=store)
+    except Killed:
+        return {}
+    finally:
+        Trainee.draw = draw  # type: ignore[method-assign]
+    return {name: {**one, "drawn": drawn[name]} for name, one in found.items()}
+
+
+def stage(name: str, words: Sequence[str], turn: int | None = None, rank: int = 0, number: int = 0) -> str:
+    """Run a training stage on these ranks; before a turn, a signal is sent to one of them. How it ended."""
+    torch.set_num_threads(1)
+    ranks = here()
+    cfg = read_config(None, words)
+    if ranks.world > 1:
+        # Unlike a launch, these ranks keep their store.
+        ranks.on_main(lambda: dist.distributed_c10d._get_default_store().delete_key(_KEY))
+    stop = StopWish(cfg.max_minutes, ranks)
+
+    def send() -> None:
+        if ranks.rank == rank:
+            os.kill(os.getpid(), number or signal.SIGKILL)
+
+    with stop.watching(), at_turn(turn, send):
+        try:
+            STAGES[name](Job(cfg, name, ranks, stop))
+        except Stopped as stopped:
+            return f"stopped: {stopped}"
+    return "done"

@@ -1,0 +1,59 @@
+"""Products per group: sorted rows padded to recurring or equal sizes give the sums of the rows as they came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from glider_dist.lora.apply import Plan, for_cpu, pad_groups, plan_rows
+from glider_dist.lora.bank import SiteBank
+from glider_dist.lora.grouped import grouped_product
+from glider_dist.routing.route import Route
+
+EXPERTS, RANK, WIDTH, OUT = 5, 8, 16, 24
+
+
+def setup(counts: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, SiteBank, Plan]:
+    """One row per token, so many of each expert in shuffled order."""
+    torch.manual_seed(0)
+    ids = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    ids = ids[torch.randperm(len(ids))]
+    route = Route(ids[:, None], torch.rand(len(ids), 1, dtype=torch.float64))
+    bank = SiteBank(
+        torch.randn(len(counts), RANK, WIDTH, dtype=dtype, requires_grad=True),
+        torch.randn(len(counts), RANK, OUT, dtype=dtype, requires_grad=True),
+        torch.ones(len(counts)),
+        torch.ones(len(counts), dtype=torch.bool),
+    )
+    x = torch.randn(len(ids), WIDTH, dtype=dtype, requires_grad=True)
+    return x, bank, plan_rows(route, len(counts))
+
+
+def result(x: torch.Tensor, bank: SiteBank, plan: Plan) -> list[torch.Tensor]:
+    """The sum per token, and the gradients of x, A and B."""
+    h = grouped_product(x[plan.token], bank.A.transpose(1, 2), plan.ends, plan.equal)
+    rows = grouped_product(h * plan.weight[:, None].to(h.dtype), bank.B, plan.ends, plan.equal)
+    out = torch.zeros(x.shape[0], OUT, dtype=x.dtype).index_add(0, plan.token, rows)
+    return [out, *torch.autograd.grad(out.square().sum(), [x, bank.A, bank.B])]
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 9, 1, 4], [0, 0, 0, 0, 1], [6, 6, 6, 6, 6], [40, 1, 0, 0, 2]])
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+@pytest.mark.parametrize("equal", [False, True])
+def test_padded_groups_give_the_sums_and_gradients_of_the_plain_ones(
+    counts: list[int], multiple: int, equal: bool
+) -> None:
+    x, bank, plan = setup(counts, torch.float64)
+    padded = pad_groups(plan, multiple, equal)
+    sizes = padded.ends.diff(prepend=torch.zeros(1, dtype=torch.int32))
+    assert all(size % multiple == 0 for size in sizes.tolist())
+    assert not equal or len(set(sizes.tolist())) == 1
+    for ours, plain in zip(result(x, bank, padded), result(x, bank, plan), strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("most", "batched"), [(64, True), (65, False)])
+def test_a_cpu_takes_one_product_in_half_precision_unless_a_group_is_large(most: int, batched: bool) -> None:
+    _, bank, plan = setup([most, 0, 2, 5, 1], torch.bfloat16)
+    assert for_cpu(plan, bank, torch.bfloat16)[0].equal == batched
+    assert not for_cpu(plan, bank, torch.float32)[0].equal

@@ -1,0 +1,204 @@
+"""What Slurm is told and what it tells, without a Slurm: host lists, meeting places, the chain, the scripts."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_jobs import command, settings, write_tasks
+
+from glider_dist.errors import GliderError
+from glider_dist.parallel.launch import adopt_slurm, first_host, port_of, tasks_per_node
+from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_STEP_NODELIST": "gpu[03-04,9]-ib[0-1]", "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "2", "SLURM_NTASKS": "9",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("node1", "node1"),
+        ("node[2-4]", "node2"),
+        ("gpu[03-05,9],login", "gpu03"),
+        ("a,b[1-2]", "a"),
+        ("rack[1,3]-n[07-09].site", "rack1-n07.site"),
+    ],
+)
+def test_the_first_host_of_a_host_list_is_where_ranks_meet(text: str, wanted: str) -> None:
+    assert first_host(text) == wanted
+
+
+def test_task_counts_are_read_for_each_node() -> None:
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+
+
+def test_a_task_of_srun_learns_its_rank_and_where_to_meet() -> None:
+    env = dict(STEP)
+    adopt_slurm(env)
+    assert {key: env[key] for key in env.keys() - STEP.keys()} == {
+        "RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "gpu03-ib0",
+        "MASTER_PORT": str(port_of(77, 2)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"RANK": "0"}, {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_rank_of_another_launcher_and_a_lone_task_are_left_alone(change: dict[str, str]) -> None:
+    env = {**STEP, **change}
+    adopt_slurm(env)
+    assert env == {**STEP, **change}
+
+
+def test_the_batch_script_itself_is_no_rank() -> None:
+    env = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}
+    adopt_slurm(env)
+    assert "RANK" not in env
+
+
+@pytest.mark.parametrize("change", [{"SLURM_STEP_NODELIST": "[]"}, {"SLURM_NODEID": "7"}, {"SLURM_JOB_ID": "x"}])
+def test_variables_that_are_not_slurms_are_refused_in_one_sentence(change: dict[str, str]) -> None:
+    with pytest.raises(GliderError, match="SLURM_"):
+        adopt_slurm({**STEP, **change})
+
+
+@given(st.integers(1, 10**8), st.integers(1, 4000), st.integers(0, 4), st.integers(0, 4))
+def test_jobs_on_one_node_and_steps_of_one_job_meet_at_different_ports(
+    job: int, apart: int, step: int, other: int
+) -> None:
+    ports = [port_of(job, step), port_of(job + apart, other)]
+    assert ports[0] != ports[1]
+    assert all(1024 < port < 32768 for port in ports)
+    assert (port_of(job, step) == port_of(job, other)) == (step == other)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    save_tiny_base(tmp_path / "base", tiny_causal())
+    write_tasks(tmp_path / "tasks")
+    return tmp_path
+
+
+def slurm(job: Path, *words: str) -> dict[str, str]:
+    """Scripts by name, as the command prints them."""
+    done = command("slurm", words[0], *settings(job, base=job / "base"), *words[1:], "--dry-run")
+    assert done.code == 0, done.err
+    parts = done.out.split("==> ")[1:]
+    return {Path(head).name: text for head, _, text in (part.partition(" <==\n") for part in parts)}
+
+
+def test_the_chain_waits_member_for_member_and_then_for_all(job: Path) -> None:
+    scripts = slurm(job, "submit", "shards=3", "nodes=2")
+    assert list(scripts) == [
+        "train-experts.sbatch", "train-gates.sbatch", "describe.sbatch", "index.sbatch", "calibrate.sbatch",
+        "evaluate.sbatch", "submit.sh",
+    ]  # fmt: skip
+    waits = [line.split()[2:3] for line in scripts["submit.sh"].splitlines() if line.startswith("submit ")]
+    kinds = [word[0].split(":")[0].removeprefix('"--dependency=') if word else "" for word in waits]
+    assert kinds == ["", "aftercorr", "afterok", "afterok", "afterok", "afterok"]
+    assert "#SBATCH --array=0,1,2\n" in scripts["train-gates.sbatch"]
+    assert "#SBATCH --nodes=2\n" in scripts["evaluate.sbatch"]
+    assert "#SBATCH --nodes=1\n" in scripts["describe.sbatch"]
+    assert "GLIDER_SERVICE=yes\n" in scripts["evaluate.sbatch"]
+    assert "GLIDER_SERVICE=no\n" in scripts["train-gates.sbatch"]
+    assert not (job / "run").exists()
+
+
+def test_shards_that_the_pool_has_are_left_out(job: Path) -> None:
+    # copy (0) is done, upper (1) has no gate, last (2) is missing.
+    random_pool(job / "pool", tiny_causal(), ["copy"])
+    random_pool(job / "pool", tiny_causal(), ["upper"], gates=False)
+    scripts = slurm(job, "render", "shards=3")
+    assert "#SBATCH --array=1,2\n" in scripts["train-experts.sbatch"]
+    assert "#SBATCH --array=1,2\n" in scripts["train-gates.sbatch"]
+    assert "GLIDER_SHARDS=3\n" in scripts["train-experts.sbatch"]
+    random_pool(job / "pool2", tiny_causal(), ["copy", "upper", "last"])
+    assert list(slurm(job, "render", f"pool={job / 'pool2'}", "stages=[train-experts,evaluate]")) == [
+        "evaluate.sbatch",
+        "submit.sh",
+    ]
+
+
+def test_settings_of_the_site_become_options_of_sbatch(job: Path) -> None:
+    text = (REPOSITORY / "slurm/site.env").read_text()
+    for line in (
+        "PARTITION=gpu", "ACCOUNT='my lab'", "GPUS_PER_NODE=4", "RANKS_PER_NODE=4", "FETCH_PARTITION=login",
+        "OPTIONS=(--exclusive --reservation=x)",
+    ):  # fmt: skip
+        text += line + "\n"
+    (job / "mine.env").write_text(text)
+    scripts = slurm(job, "render", f"site={job / 'mine.env'}", "stages=[fetch,evaluate]", "time=30")
+    lines = [
+        line.removeprefix("#SBATCH ") for line in scripts["evaluate.sbatch"].splitlines() if "#SBATCH" in line
+    ]
+    wanted = {"--partition=gpu", '"--account=my lab"', "--gpus-per-node=4", "--ntasks-per-node=4", "--exclusive"}
+    assert wanted | {"--reservation=x", "--time=30"} <= set(lines)
+    assert "#SBATCH --partition=login\n" in scripts["fetch.sbatch"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run"], "slurm does render and submit"),
+        (["render", "stages=[train-expert]"], "slurm.stages names 'train-expert'"),
+        (["render", "site=nowhere.env"], "the site file"),
+        (["render", "node=2"], "unknown key 'node'"),
+        (["render", "scripts=."], "has no stage.sbatch"),
+        (["render", "tasks.shard=0/2"], "use shards=N"),
+        (["render", "nodes=0"], "slurm.nodes is 0"),
+    ],
+)
+def test_a_wrong_order_to_slurm_is_refused_before_anything_is_written(
+    job: Path, words: list[str], sentence: str
+) -> None:
+    done = command("slurm", *words, *settings(job, base=job / "base"))
+    assert done.code == 2
+    assert sentence in done.errors[0]
+    assert not (job / "run").exists()
+
+
+def test_a_site_file_that_is_no_bash_or_lacks_a_setting_is_refused(job: Path) -> None:
+    for text, sentence in (("PARTITION=(\n", "cannot be read by bash"), ("PARTITION=x\n", "unbound variable")):
+        (job / "site.env").write_text(text)
+        done = command("slurm", "render", f"site={job / 'site.env'}", *settings(job, base=job / "base"))
+        assert done.code == 2
+        assert sentence in done.errors[0]
+
+
+def test_words_reach_the_stage_as_they_were_typed(job: Path) -> None:
+    odd = "describe_file=it's $HOME; a file.txt"
+    script = slurm(job, "render", odd)["evaluate.sbatch"]
+    start = script.index("set -- ")
+    shown = subprocess.run(
+        ["bash", "-c", script[start : script.index("\nset -euo")] + '\nprintf "%s\\0" "$@"'],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    assert shown[0] == "evaluate"
+    assert odd in shown
+    assert f"run_dir={job / 'run' / 'evaluate'}" in shown
+
+
+@pytest.mark.parametrize(("shard", "wanted"), [("0/2", ["copy", "last"]), ("1/2", ["upper"]), ("4/5", [])])
+def test_a_shard_trains_its_own_tasks_and_none_is_fine(job: Path, shard: str, wanted: list[str]) -> None:
+    words = settings(job, base=job / "base", tasks__shard=shard, train__max_steps=2, train__gate_steps=2)
+    assert command("train-experts", *words).code == 0
+    experts = job / "pool" / "experts"
+    assert sorted(path.name for path in experts.glob("[!.]*")) == wanted
+    if wanted:
+        assert command("train-gates", *words).code == 0
+        assert all((experts / name / "gate.safetensors").exists() for name in wanted)
+
+
+@pytest.mark.parametrize("shard", ["2/2", "1", "a/b", "-1/2", "0/0"])
+def test_a_shard_that_is_none_is_refused(job: Path, shard: str) -> None:
+    done = command("train-experts", *settings(job, base=job / "base", tasks__shard=shard))
+    assert done.code == 2
+    assert "must be i/n" in done.errors[0]
