@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
+from glider_dist.planning.joint import plan_joint
 from glider_dist.planning.report import StagePlan, stages_table
 from glider_dist.planning.serving import plan_calibrate, plan_evaluate
 from glider_dist.planning.target import Target
@@ -15,6 +16,7 @@ from glider_dist.planning.training import plan_experts, plan_gates
 STAGES: dict[str, Callable[[Target], StagePlan]] = {
     "train-experts": plan_experts,
     "train-gates": plan_gates,
+    "train-joint": plan_joint,
     "calibrate": plan_calibrate,
     "evaluate": plan_evaluate,
 }

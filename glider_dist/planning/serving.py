@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from glider_dist.config import RouterConfig
 from glider_dist.evaluation.evaluate import check_stage
-from glider_dist.lora.bank import SiteBank, padded_rank
-from glider_dist.model.attach import CACHE_BYTES, check_dispatch, detach, install, query_scores
+from glider_dist.model.attach import CACHE_BYTES, check_dispatch
 from glider_dist.model.batch import target_nll
-from glider_dist.model.context import RoutingContext
 from glider_dist.model.engine import check_generation
-from glider_dist.model.routed import RoutedLinear
-from glider_dist.model.shared import SharedInputs
-from glider_dist.planning.depth import Measured, measured
+from glider_dist.planning.attached import attached, measure_routed, prototypes
+from glider_dist.planning.depth import measured
 from glider_dist.planning.report import StagePlan, seconds
-from glider_dist.planning.target import META, Target
+from glider_dist.planning.target import Target
 from glider_dist.planning.traffic import WAYS, bandwidth, compute_seconds, distinct, exchange, sharded_traffic
-from glider_dist.routing.strategies import check_router, needs_scores, resolved, strategy_of
+from glider_dist.routing.strategies import check_router, needs_scores, strategy_of
 
 
 def plan_calibrate(target: Target) -> StagePlan:
@@ -71,9 +65,10 @@ def _plan(
     target: Target, stage: str, router: RouterConfig, forward: Callable[[], object], forwards: int
 ) -> StagePlan:
     cfg, total = target.cfg, len(target.experts.names)
-    batch = measured(target.base.model, lambda: _measure(target, router, forward))
-    with _attached(target, router) as context:
-        gates, made = list(context.gates.values()), _prototypes(context)
+    queries = cfg.evaluate.batch_size
+    batch = measured(target.base.model, lambda: measure_routed(target, router, forward, queries))
+    with attached(target, router, target.base.dtype) as context:
+        gates, made = list(context.gates.values()), prototypes(context)
         one = sum(bank.nbytes() for bank in context.banks.values()) // total
     plan = StagePlan(stage)
     plan.counts = {
@@ -96,26 +91,38 @@ def _plan(
     }
     if target.expert_parallel > 1:
         plan.memory["experts fetched, kept"] = min(CACHE_BYTES, (total - target.most_owned) * one)
-        time += _exchange(target, plan, router, batch.groups, one)
+        time += _add_shared(target, plan, router, batch.groups, one)
     plan.estimates["a batch" if forwards == 1 else "a batch to its first tokens"] = seconds(time)
     plan.check(cfg.plan.device_gb, _advice(target))
     return plan
 
 
-def _exchange(
+def _add_shared(
     target: Target, plan: StagePlan, router: RouterConfig, groups: Counter[tuple[tuple[int, int], ...]], one: int
 ) -> float:
     """Add what ranks that share the experts exchange in a batch; returns its seconds."""
     cfg, total = target.cfg, len(target.experts.names)
-    tokens = cfg.evaluate.batch_size * cfg.tasks.max_length
     if router.shortlist is not None and cfg.dispatch in ("auto", "local"):
         fetched = distinct(total, router.shortlist, cfg.evaluate.batch_size)
         plan.memory["experts of the shortlists"] = round(fetched * one)
         moved = fetched * one * (1 - target.most_owned / total)
         plan.estimates["GB from others, shortlisted experts"] = f"{moved / 1e9:.3g}"
         return moved / bandwidth(target, target.expert_parallel)
+    return add_exchange(target, plan, router, groups, cfg.evaluate.batch_size * cfg.tasks.max_length)
+
+
+def add_exchange(
+    target: Target,
+    plan: StagePlan,
+    router: RouterConfig,
+    groups: Counter[tuple[tuple[int, int], ...]],
+    tokens: int,
+    trained: bool = False,
+) -> float:
+    """Add the exchanges of a forward over so many tokens of a rank (and its backward); returns their seconds."""
+    cfg = target.cfg
     places = router.top_k if router.top_p is None else router.top_p_max
-    moves = [(exchange(target, shapes, tokens, places), times) for shapes, times in groups.items()]
+    moves = [(exchange(target, shapes, tokens, places, trained), times) for shapes, times in groups.items()]
     ways = WAYS if cfg.dispatch == "auto" else (cfg.dispatch,)
     plan.memory["exchange"] = max(move.buffers[way] for move, _ in moves for way in ways)
     for way in WAYS:
@@ -123,84 +130,6 @@ def _exchange(
         plan.estimates[f"GB to others, {way}"] = f"{moved / 1e9:.3g}"
         plan.estimates[f"exchanges, {way}"] = seconds(sum(times * move.seconds[way] for move, times in moves))
     return sum(times * min(move.seconds[way] for way in ways) for move, times in moves)
-
-
-def _measure(target: Target, router: RouterConfig, forward: Callable[[], object]) -> Measured:
-    """A forward of the blocks that the base has now."""
-    groups = SharedInputs()
-    with _attached(target, router) as context, _watching(target.frozen.model, groups):
-        banks = [tensor for bank in context.banks.values() for tensor in (bank.A, bank.B)]
-        known = [*banks, *context.gates.values(), *_prototypes(context)]
-        trace = target.trace(lambda: _scored(target, router, forward), known)
-    groups.finish()
-    shapes = target.sites()
-    found = Counter(tuple(shapes[site] for site in group) for group in groups.groups.values())
-    return Measured(trace.peak, trace.kept, trace.flops, found)
-
-
-def _scored(target: Target, router: RouterConfig, forward: Callable[[], object]) -> None:
-    shape = (target.cfg.evaluate.batch_size, len(target.experts.names))
-    scores: Any = nullcontext()
-    if needs_scores(router):
-        scores = query_scores(target.frozen.model, torch.zeros(shape, device=META))
-    with torch.no_grad(), scores:
-        forward()
-
-
-@contextmanager
-def _attached(target: Target, router: RouterConfig) -> Iterator[RoutingContext]:
-    """The whole pool on the meta device.
-
-    A rank that holds a part computes as many rows on average: those that others send it, for its own.
-    """
-    model, names = target.frozen.model, target.experts.names
-    shapes = target.sites()
-    banks = {site: _bank(target, shape) for site, shape in shapes.items()}
-    gates = {site: torch.empty(len(names), d_in, device=META) for site, (_, d_in) in shapes.items()}
-    context = install(model, names, banks, gates)
-    try:
-        context.use(resolved(router, {})[0])
-        yield context
-    finally:
-        detach(model)
-
-
-def _bank(target: Target, shape: tuple[int, int]) -> SiteBank:
-    count, rank, dtype = len(target.experts.names), target.experts.rank, target.base.dtype
-    d_out, d_in = shape
-    return SiteBank(
-        torch.empty(count, padded_rank(rank), d_in, dtype=dtype, device=META),
-        torch.empty(count, padded_rank(rank), d_out, dtype=dtype, device=META),
-        torch.empty(count, device=META),
-        torch.ones(count, dtype=torch.bool, device=META),
-        (rank,) * count,
-    )
-
-
-def _prototypes(context: RoutingContext) -> list[torch.Tensor]:
-    """What local scores are made from, once and for all batches."""
-    local = context.strategy.local
-    if local is None:
-        return []
-    return [context.prototypes.of(local, site, bank, ()) for site, bank in context.banks.items()]
-
-
-@contextmanager
-def _watching(model: torch.nn.Module, groups: SharedInputs) -> Iterator[None]:
-    """See in the traced forward which sites read one input, as an exchange does."""
-
-    def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        assert isinstance(module, RoutedLinear)
-        groups.delta(module.site, args[0], lambda sites, x: [x] * len(sites))
-
-    handles = [
-        module.register_forward_pre_hook(watch) for module in model.modules() if isinstance(module, RoutedLinear)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _advice(target: Target) -> str:

@@ -65,13 +65,16 @@ class Exchange:
     buffers: dict[str, int]
 
 
-def exchange(target: Target, shapes: tuple[tuple[int, int], ...], tokens: int, places: int) -> Exchange:
+def exchange(
+    target: Target, shapes: tuple[tuple[int, int], ...], tokens: int, places: int, trained: bool
+) -> Exchange:
     """Of sites of these shapes that read one input.
 
     Args:
         shapes: ``(d_out, d_in)`` of each.
         tokens: of a rank.
         places: experts of a token.
+        trained: whether a backward follows.
     """
     plan, ranks, rank = target.cfg.plan, target.expert_parallel, padded_rank(target.experts.rank)
     total = len(target.experts.names)
@@ -88,7 +91,9 @@ def exchange(target: Target, shapes: tuple[tuple[int, int], ...], tokens: int, p
     used_PS = np.full((ranks, len(sites)), float(tokens * places))
     costs = Costs(
         tokens_s=_LATENCY,
+        tokens_back_s=_LATENCY,
         weights_s=_LATENCY,
+        weights_back_s=_LATENCY,
         bandwidth=bandwidth(target, ranks),
         flops=plan.tflops * 1e12 * plan.utilisation,
         group_s=0.0,
@@ -96,11 +101,11 @@ def exchange(target: Target, shapes: tuple[tuple[int, int], ...], tokens: int, p
     )
 
     def by_tokens(costs: Costs) -> float:
-        return tokens_time(costs, sizes, rows_PP, used_PSP, owned, trained=False)
+        return tokens_time(costs, sizes, rows_PP, used_PSP, owned, trained)
 
     def by_weights(costs: Costs) -> float:
         wanted_PS = np.full_like(used_PS, wanted)
-        return weights_time(costs, sizes, fetched_PPS, used_PS, wanted_PS, trained=False)
+        return weights_time(costs, sizes, fetched_PPS, used_PS, wanted_PS, trained)
 
     received = 2 * rows_PP[0].sum() * (sizes.row_bytes + sizes.output_bytes)
     copies = 2 * sum(r * (d + o) for r, d, o in sites) * wanted * sizes.element
