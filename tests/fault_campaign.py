@@ -2,8 +2,8 @@
 
     python tests/fault_campaign.py FOLDER [FAULTS]
 
-Co-training of experts and of gates, and evaluation, on one and two ranks. Results go to FOLDER/faults.jsonl, a line
-a fault; a second start does the faults that are missing. Ranks are forked from a process that has imported
+Co-training of experts and of gates, and evaluation, on one and two ranks. Results go to FOLDER/faults.jsonl, a
+line a fault; a second start does the faults that are missing. Ranks are forked from a process that has imported
 everything, which makes a start cheap; they are processes of their own, and the signals sent to them are real.
 """
 
