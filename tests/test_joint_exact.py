@@ -1,0 +1,108 @@
+"""Joint training on several ranks ends in the weights, moments and norms of one process, whatever the stage.
+
+DeepSpeed reduces no float64 gradients, so the 1e-10 of float64 is for everything else: batches, routers, dispatch,
+loss and state with sums of our own in the engine's place. DeepSpeed's own digits are those of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rank_joint import Case, Found, make_pool, reference, train_all
+
+from glider_dist.testing import LocalRanks
+from glider_dist.training.joint_state import Tensors
+
+pytestmark = pytest.mark.distributed
+Ranks = Callable[[int], LocalRanks]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_pool(tmp_path_factory.mktemp("joint") / "pool")
+
+
+def worst(ranks: list[Found], wanted: Found) -> dict[str, float]:
+    """Largest difference of weights and moments over each tensor's largest value, of losses and of norms."""
+    errors = state_errors([found.state for found in ranks], wanted.state)
+    for found in ranks:
+        for kind, ours, theirs in (("losses", found.losses, wanted.losses), ("norms", found.norms, wanted.norms)):
+            found_errors = [abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)]
+            errors[kind] = max([errors.get(kind, 0.0), *found_errors])
+    return errors
+
+
+def state_errors(parts: list[dict[str, Tensors]], wanted: dict[str, Tensors]) -> dict[str, float]:
+    """Largest difference of weights and moments over each tensor's largest value; together the ranks have all."""
+    state: dict[str, Any] = {}
+    for part in parts:
+        for name, tensors in part.items():
+            state.setdefault(name, []).append(tensors)
+    assert state.keys() == wanted.keys()
+    errors = {"weights": 0.0, "moments": 0.0}
+    for name, copies in state.items():
+        for tensors in copies:
+            assert tensors.keys() == wanted[name].keys()
+            for key, value in tensors.items():
+                other = wanted[name][key]
+                error = float((value - other).abs().max()) / max(float(other.abs().max()), 1e-30)
+                kind = "moments" if "exp_avg" in key else "weights"
+                errors[kind] = max(errors[kind], error)
+    return errors
+
+
+def check(local_ranks: Ranks, world: int, cases: list[Case], path: str, limit: float) -> None:
+    results = local_ranks(world).run(train_all, cases, path)
+    for index, case in enumerate(cases):
+        errors = worst([each[index] for each in results], reference(case, path))
+        print(case, errors)
+        assert max(errors.values()) < limit, (case, errors)
+        assert errors["weights"] < limit / 10 or case.dtype != "float32", (case, errors)
+
+
+WAYS = ("all_to_all", "gather", "auto")
+
+
+def test_in_float64_the_loop_on_two_ranks_equals_one_process_to_ten_digits(local_ranks: Ranks, path: str):
+    cases = [Case(parts=2, dispatch=way, engine="plain", dtype="float64") for way in WAYS]
+    cases += [
+        Case(parts=1, engine="plain", dtype="float64", clip=0.5),
+        Case(parts=2, engine="plain", dtype="float64", clip=0.5, decay=0.1, placement="balanced"),
+        Case(parts=2, engine="plain", dtype="float64", train="gates", router="phatgoose"),
+        Case(parts=2, engine="plain", dtype="float64", train="experts", router="global"),
+        Case(parts=2, engine="plain", dtype="float64", chosen=("expert_1", "expert_4"), decay=0.1),
+        Case(parts=2, engine="plain", dtype="float64", chosen=("expert_0",), checkpointing=True),
+        Case(parts=2, engine="plain", dtype="float64", batch=1),
+    ]
+    check(local_ranks, 2, cases, path, 1e-10)
+
+
+def test_on_two_ranks_every_stage_equals_one_process(local_ranks: Ranks, path: str):
+    cases = [
+        Case(stage, parts, way, clip=0.5 if stage or parts == 1 else 0.0)
+        for stage, way in ((0, "all_to_all"), (1, "gather"), (2, "auto"), (3, "all_to_all"))
+        for parts in (1, 2)
+    ]
+    check(local_ranks, 2, cases, path, 1e-3)
+
+
+def test_on_two_ranks_a_part_of_the_experts_or_gates_trains(local_ranks: Ranks, path: str):
+    cases = [
+        Case(2, 2, train="gates", clip=0.5),
+        Case(3, 2, train="experts", decay=0.1),
+        Case(2, 2, chosen=("expert_1", "expert_4"), decay=0.1),
+        Case(3, 2, chosen=("expert_0",), checkpointing=True),
+        Case(1, 2, batch=1, router="phatgoose"),
+    ]
+    check(local_ranks, 2, cases, path, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (3, 1), (3, 3), (4, 1), (4, 2), (4, 4)])
+def test_every_split_of_every_world_equals_one_process(local_ranks: Ranks, path: str, world, parts, stage):
+    ways = WAYS if parts > 1 else ("auto",)
+    cases = [Case(stage, parts, way, clip=0.5 if stage or parts == 1 else 0.0) for way in ways]
+    check(local_ranks, world, cases, path, 1e-3)
