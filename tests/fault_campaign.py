@@ -2,7 +2,7 @@
 
     python tests/fault_campaign.py FOLDER [FAULTS]
 
-Co-training of experts and of gates, and evaluation, on one and two ranks. Results go to FOLDER/faults.jsonl, a
+Co-training of experts and gates, joint training and evaluation, on one and two ranks. Results go to FOLDER/faults.jsonl, a
 line a fault; a second start does the faults that are missing. Ranks are forked from a process that has imported
 everything, which makes a start cheap; they are processes of their own, and the signals sent to them are real.
 """
@@ -40,7 +40,7 @@ from glider_dist.pool.verify import verify
 from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
 from glider_dist.training.checkpoint import Checkpoints
 
-JOBS = ("experts", "gates", "evaluation")
+JOBS = ("experts", "gates", "evaluation", "joint")
 FAULTS = (
     "kill one rank", "kill all ranks", "stop and continue", "SIGTERM", "SIGUSR1", "SIGUSR2",
     "truncated file", "flipped bit", "full disk",
@@ -78,11 +78,14 @@ class Fault:
 
 def words_of(job: str, folder: Path, base: Path) -> list[str]:
     """The command of a job."""
-    stage = {"experts": "train-experts", "gates": "train-gates", "evaluation": "evaluate"}[job]
-    changes = {
+    stages = {"experts": "train-experts", "gates": "train-gates", "joint": "train-joint"}
+    stage = stages.get(job, "evaluate")
+    changes: dict[str, Any] = {
         "train__max_steps": 24, "train__gate_steps": 24, "train__eval_every": 8, "train__save_steps": 2,
         "evaluate__routers": "[base,merged,phatgoose]", "evaluate__batch_size": 4, "evaluate__save_minutes": 1e-3,
     }  # fmt: skip
+    if job == "joint":
+        changes |= {"router__kind": "phatgoose", "zero_stage": 1, "train__learning_rate": 1e-3}
     return [stage, *settings(folder, base=base, **changes)]
 
 
@@ -204,7 +207,7 @@ def unreadable(place: Place, damaged: Path | None) -> tuple[int, str]:
         problems = [text for text in verify(ExpertPool.open(place.folder / "pool")) if "was left by" not in text]
         if problems:
             lost, why = lost + 1, problems[0]
-    for kind in ("expert", "gate"):
+    for kind in ("expert", "gate", "joint", "joint/experts"):
         files = Checkpoints(place.folder / "run" / "checkpoints" / kind)
         for name in files.names():
             for step in files.steps(name):
@@ -219,8 +222,8 @@ def unreadable(place: Place, damaged: Path | None) -> tuple[int, str]:
 
 def damage(place: Place, fault: str, draw: random.Random) -> Path | None:
     """Cut or flip a bit of one of the newest checkpoint files, if there are any."""
-    folders = sorted((place.folder / "run" / "checkpoints").glob("*/*/"))
-    newest = [max(files) for folder in folders if (files := sorted(folder.glob("step-*")))]
+    folders = {path.parent for path in (place.folder / "run" / "checkpoints").rglob("step-*.safetensors")}
+    newest = [max(folder.glob("step-*")) for folder in sorted(folders)]
     newest += sorted((place.folder / "run" / "rows" / "partial").glob("*.json"))
     if not newest:
         return None
@@ -362,7 +365,9 @@ def _template(folder: Path, job: str) -> Path:
     if not folder.exists():
         write_tasks(folder / "tasks")
         if job != "experts":
-            pool = random_pool(folder / "pool", tiny_causal(), experts=HELD_IN, gates=job == "evaluation")
+            pool = random_pool(
+                folder / "pool", tiny_causal(), experts=HELD_IN, gates=job in ("evaluation", "joint")
+            )
             describe_and_index(pool)
     return folder
 
