@@ -94,6 +94,10 @@ COMMANDS = {
         "serve the embedder to all ranks, jobs and OpenAI clients over HTTP",
         serves=True,
     ),
+    "plan": Command(
+        "glider_dist.planning.command:run",
+        "memory, batches, traffic and time of a configuration, without a GPU or weights",
+    ),
     "fetch": Command(
         "glider_dist.fetch:run",
         "bring base, embedder and data sets into the caches, for machines without a network",
@@ -207,22 +211,22 @@ def _main(argv: list[str]) -> int:
         raise GliderError(f"unknown command {arguments.command!r}; the commands are {', '.join(COMMANDS)}")
     if arguments.text is not None and not command.takes_text and not command.own_usage:
         raise GliderError(f"{arguments.text!r} is neither a configuration file nor key=value")
-    if (arguments.fresh and not command.launches) or (
-        arguments.ranks and not command.launches and arguments.command != "bench"
-    ):
+    plans = arguments.command == "plan" or (arguments.dry_run and not command.own_usage)
+    takes_ranks = plans or command.launches or arguments.command == "bench"
+    if (arguments.fresh and not command.launches) or (arguments.ranks and not takes_ranks):
         raise GliderError(
             f"--ranks and --fresh belong to quickstart (and bench); start {arguments.command} with a launcher"
         )
-    if arguments.dry_run and not command.own_usage:
-        raise GliderError("--dry-run belongs to pool import and slurm")
     if not command.serves:
         adopt_slurm(os.environ)
     _set_up_logging()
-    module, _, function = command.target.partition(":")
+    module, _, function = (COMMANDS["plan"] if plans else command).target.partition(":")
     stage = getattr(importlib.import_module(module), function)
-    if command.launches or command.own_usage:
+    if command.own_usage or (command.launches and not plans):
         return int(stage(arguments))
     cfg = read_config(arguments.file, arguments.overrides, command.defaults)
+    if plans:
+        return int(stage(cfg, arguments.command, arguments.ranks))
     if command.serves:
         return int(stage(cfg))
     run_stage(arguments.command, cfg, stage, arguments.text)

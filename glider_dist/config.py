@@ -15,6 +15,7 @@ from glider_dist.fields import finite as _finite
 from glider_dist.fields import not_negative as _not_negative
 from glider_dist.fields import positive as _positive
 from glider_dist.fields import setting as _setting
+from glider_dist.planning.plan_settings import PlanConfig
 from glider_dist.planning.slurm_settings import SlurmConfig
 from glider_dist.semantics.settings import DescribeConfig, ServiceConfig
 from glider_dist.training.joint_settings import JointConfig
@@ -191,6 +192,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     service: ServiceConfig = field(default_factory=ServiceConfig)
     describe: DescribeConfig = field(default_factory=DescribeConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def validate(self) -> None:

@@ -24,7 +24,7 @@ from glider_dist.model.batch import Collator
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import fingerprint
 from glider_dist.parallel.mesh import Mesh, init_mesh
-from glider_dist.parallel.placement import Placement, balanced, contiguous, load_of
+from glider_dist.parallel.placement import Placement, place
 from glider_dist.parallel.ranks import Ranks
 from glider_dist.parallel.stopping import StopWish
 from glider_dist.pool import ExpertPool, Fingerprint
@@ -87,9 +87,7 @@ class Job:
         def make() -> None:
             if path.exists() and Placement.load(path, pool.names).ranks == ranks:
                 return
-            made = contiguous(pool.names, ranks)
-            if self.cfg.mesh.placement == "balanced":
-                made = balanced(pool.names, ranks, load_of(Path(self.cfg.mesh.load or "")))
+            made = place(pool.names, ranks, self.cfg.mesh.placement, self.cfg.mesh.load)
             made.save(path)
             log.info("placement of the experts:\n%s", made)
 

@@ -7,6 +7,7 @@ loss and state with sums of our own in the engine's place. DeepSpeed's own digit
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -97,6 +98,35 @@ def test_on_two_ranks_a_part_of_the_experts_or_gates_trains(local_ranks: Ranks, 
         Case(1, 2, batch=1, router="phatgoose"),
     ]
     check(local_ranks, 2, cases, path, 1e-3)
+
+
+ADDED = {"balance_loss": 0.1, "z_loss": 0.01, "expert_dropout": 0.3, "router_noise": 0.2}
+
+
+def test_what_is_added_to_the_routers_is_the_same_whatever_the_world(local_ranks: Ranks, path: str):
+    alone = Case(engine="plain", dtype="float64", joint=ADDED)
+    (wanted,) = local_ranks(1).run(train_all, [alone], path)
+    assert min(wanted[0].router_losses) > 0
+    plain = reference(alone, path)
+    assert max(abs(a / b - 1) for a, b in zip(wanted[0].losses, plain.losses, strict=True)) > 1e-3
+    cases = [
+        Case(parts=1, engine="plain", dtype="float64", joint=ADDED),
+        Case(parts=2, engine="plain", dtype="float64", joint=ADDED, checkpointing=True),
+    ]
+    for index, results in enumerate(zip(*local_ranks(2).run(train_all, cases, path), strict=True)):
+        errors = worst(list(results), wanted[0])
+        assert max(errors.values()) < 1e-10, (cases[index], errors)
+        assert results[0].router_losses == pytest.approx(wanted[0].router_losses, rel=1e-10)
+
+
+def test_over_a_bf16_base_two_ranks_end_near_one_process(local_ranks: Ranks, path: str):
+    cases = [Case(stage, 2, way, clip=0.5, base_dtype="bfloat16") for stage, way in ((2, "gather"), (3, "auto"))]
+    for index, results in enumerate(zip(*local_ranks(2).run(train_all, cases, path), strict=True)):
+        wanted = reference(cases[index], path)
+        assert worst(list(results), wanted)["losses"] < 1e-2
+        start = reference(replace(cases[index], steps=1), path)
+        moved = state_errors([start.state], wanted.state)["weights"]
+        assert state_errors([found.state for found in results], wanted.state)["weights"] < moved / 4
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.evaluation.choices import check_choices
 from glider_dist.evaluation.partial import PartialRow
@@ -31,20 +32,7 @@ def run(job: Job) -> list[RouterResult]:
     """Evaluate ``evaluate.routers`` on the test queries of all tasks; prints the table and writes the reports."""
     cfg = job.cfg
     pool = job.open_pool(check_base=False)
-    for kind in cfg.evaluate.routers:
-        check_router(dataclasses.replace(cfg.router, kind=kind), len(pool))
-        if cfg.mesh.expert_parallel > 1:
-            check_shared(dataclasses.replace(cfg.router, kind=kind))
-    if not cfg.evaluate.routers:
-        raise GliderError("evaluate.routers is empty; name at least one router")
-    if len(set(cfg.evaluate.routers)) != len(cfg.evaluate.routers):
-        raise GliderError("evaluate.routers names a router twice")
-    together = cfg.zero_stage == 3 or cfg.mesh.expert_parallel > 1
-    if cfg.evaluate.rank_classification and together and job.ranks.world > 1:
-        raise GliderError(
-            "evaluate.rank_classification needs zero_stage=0 and mesh.expert_parallel=1: ranks have different "
-            "numbers of choices"
-        )
+    check_stage(cfg, len(pool), job.ranks.world)
     tasks = job.tasks.all
     lacking = [task.name for task in job.tasks.held_in if task.name not in pool]
     # A pool may be of other tasks altogether, or hold the multitask baseline; one that lacks a few is unfinished.
@@ -74,6 +62,24 @@ def run(job: Job) -> list[RouterResult]:
         _track(job, results)
         print(f"\n{report(job, results)}", flush=True)
     return results
+
+
+def check_stage(cfg: Config, experts: int, world: int) -> None:
+    """Raises GliderError if the stage cannot run as configured over so many experts and ranks."""
+    for kind in cfg.evaluate.routers:
+        check_router(dataclasses.replace(cfg.router, kind=kind), experts)
+        if cfg.mesh.expert_parallel > 1:
+            check_shared(dataclasses.replace(cfg.router, kind=kind))
+    if not cfg.evaluate.routers:
+        raise GliderError("evaluate.routers is empty; name at least one router")
+    if len(set(cfg.evaluate.routers)) != len(cfg.evaluate.routers):
+        raise GliderError("evaluate.routers names a router twice")
+    together = cfg.zero_stage == 3 or cfg.mesh.expert_parallel > 1
+    if cfg.evaluate.rank_classification and together and world > 1:
+        raise GliderError(
+            "evaluate.rank_classification needs zero_stage=0 and mesh.expert_parallel=1: ranks have different "
+            "numbers of choices"
+        )
 
 
 def report(job: Job, results: list[RouterResult]) -> str:

@@ -30,6 +30,7 @@ from glider_dist.routing.strategies import check_router, resolved, strategy_of
 
 log = logging.getLogger(__name__)
 _CONTEXT = "_glider_context"
+CACHE_BYTES = 1 << 30
 
 
 def attach_pool(
@@ -41,7 +42,7 @@ def attach_pool(
     dtype: torch.dtype | None = None,
     placement: Placement | None = None,
     costs: Costs | None = None,
-    cache_bytes: int = 1 << 30,
+    cache_bytes: int = CACHE_BYTES,
 ) -> nn.Module:
     """Route a Hugging Face model through the experts of a pool; the model itself is changed and returned.
 
@@ -89,11 +90,7 @@ def attach_pool(
             "activation": partial(read_activations, pool, banks),
         }
     else:
-        if dispatch == "local" and router.shortlist is None:
-            raise GliderError(
-                "dispatch=local needs every expert on each rank: use mesh.expert_parallel=1, or bound with "
-                "router.shortlist what is fetched"
-            )
+        check_dispatch(dispatch, router)
         placed = placement or contiguous(pool.names, mesh.expert_parallel)
         context = _install_part(
             model, pool, dtype, device, mesh, placed, dispatch, costs, cache_bytes, not missing
@@ -104,6 +101,15 @@ def attach_pool(
         detach(model)
         raise
     return model
+
+
+def check_dispatch(dispatch: str, router: RouterConfig) -> None:
+    """Raises GliderError unless ranks that share the experts can meet them this way."""
+    if dispatch == "local" and router.shortlist is None:
+        raise GliderError(
+            "dispatch=local needs every expert on each rank: use mesh.expert_parallel=1, or bound with "
+            "router.shortlist what is fetched"
+        )
 
 
 def install(

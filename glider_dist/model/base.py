@@ -81,12 +81,13 @@ def load_base(base: str, dtype: str = "auto", device: str = "auto") -> BaseModel
     else:
         model, tokenizer = _load_from_hub(source, chosen, target)
     model.requires_grad_(False).eval()
-    _tune(model, target)
+    tune(model, target)
     _set_padding(model, tokenizer, source)
     return BaseModel(model, tokenizer, chosen, target, source, reason)
 
 
-def _tune(model: PreTrainedModel, device: torch.device) -> None:
+def tune(model: PreTrainedModel, device: torch.device) -> None:
+    """Choose the faster of equal computations for a device."""
     head = model.get_output_embeddings()
     if head is not None:
         # A slice of the hidden states (logits_to_keep) is not contiguous, and torch then multiplies row by row

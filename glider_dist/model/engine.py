@@ -25,6 +25,11 @@ log = logging.getLogger(__name__)
 
 IDLE, FORWARD, BACKWARD, GENERATE, STOP = range(5)
 _GENERATE_LIMIT_BYTES = 4 << 30
+# Smaller parameters stay whole on every rank under ZeRO 3.
+_PERSISTENT = 10_000
+# Under ZeRO 3, parameters that may be whole at once, and of them those fetched together; DeepSpeed's own defaults.
+_LIVE = 1_000_000_000
+_FETCH = 50_000_000
 
 
 class FrozenBase:
@@ -59,11 +64,8 @@ class FrozenBase:
         """
         if not self.lockstep:
             return kind
-        if kind == GENERATE and self.sharded and self.nbytes > _GENERATE_LIMIT_BYTES:
-            raise GliderError(
-                f"generation under ZeRO 3 gathers the whole base ({self.nbytes / 2**30:.1f} GiB) for every token; "
-                "use zero_stage=0, a quantised base, or rank classification"
-            )
+        if kind == GENERATE and self.sharded:
+            check_generation(self.nbytes)
         agreed = self.ranks.largest(kind)
         if agreed == STOP:
             return STOP
@@ -75,6 +77,30 @@ class FrozenBase:
         """Run ``dummy(kind)`` until every rank is out of work, or one of them wishes to stop."""
         while (kind := self.turn(IDLE)) not in (IDLE, STOP):
             dummy(kind)
+
+
+def check_generation(nbytes: int) -> None:
+    """Raises GliderError if a base of so many bytes is too large to generate under ZeRO 3."""
+    if nbytes > _GENERATE_LIMIT_BYTES:
+        raise GliderError(
+            f"generation under ZeRO 3 gathers the whole base ({nbytes / 2**30:.1f} GiB) for every token; "
+            "use zero_stage=0, a quantised base, or rank classification"
+        )
+
+
+def shard_bytes(model: nn.Module, world: int) -> int:
+    """Bytes of the base that each of ``world`` ranks keeps under ZeRO 3: its equal share of every parameter."""
+    return sum(-(-p.numel() // world) * p.element_size() for p in model.parameters())
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Bytes that a rank needs at most, beside its shard, for parameters that are whole for a while under ZeRO 3:
+    those that may live at once and the layer at work, and once more those of the largest message."""
+    sizes = [(p.numel(), p.element_size()) for p in model.parameters()]
+    total, element = sum(numel for numel, _ in sizes), max(element for _, element in sizes)
+    largest = max(numel for numel, _ in sizes)
+    persistent = sum(numel for numel, _ in sizes if numel <= _PERSISTENT)
+    return (min(total, persistent + _LIVE + largest) + min(total, max(_FETCH, largest))) * element
 
 
 def import_deepspeed() -> Any:
@@ -95,7 +121,13 @@ def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
     deepspeed.init_distributed(dist.get_backend(), verbose=False)
     config = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": zero_stage, "stage3_param_persistence_threshold": 10_000},
+        "zero_optimization": {
+            "stage": zero_stage,
+            "stage3_param_persistence_threshold": _PERSISTENT,
+            "stage3_max_live_parameters": _LIVE,
+            "stage3_max_reuse_distance": _LIVE,
+            "stage3_prefetch_bucket_size": _FETCH,
+        },
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 1_000_000_000,
     }

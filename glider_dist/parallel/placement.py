@@ -102,6 +102,11 @@ def balanced(names: Sequence[str], ranks: int, load: Mapping[str, float]) -> Pla
     return Placement(tuple(names), tuple(owner), ranks)
 
 
+def place(names: Sequence[str], ranks: int, kind: str, load: str | None) -> Placement:
+    """As ``mesh.placement`` and ``mesh.load`` say; raises GliderError as :func:`load_of`."""
+    return balanced(names, ranks, load_of(Path(load or ""))) if kind == "balanced" else contiguous(names, ranks)
+
+
 def load_of(path: Path) -> dict[str, float]:
     """Tokens per expert of an earlier evaluation, summed over its routers.
 

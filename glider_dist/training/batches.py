@@ -45,6 +45,11 @@ def packing_for(device: torch.device, tokens: int | None, rows: int | None) -> P
     )
 
 
+def slots_for(device: torch.device, asked: int | None, experts: int) -> int:
+    """How many of a rank's experts train at a time; ``asked`` is ``train.experts_in_flight``."""
+    return max(1, min(asked or (8 if device.type == "cpu" else 32), experts))
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows of one forward: the slots ``lo`` to ``hi`` that they need, and each row's slot."""

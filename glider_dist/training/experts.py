@@ -23,7 +23,7 @@ from glider_dist.pool.names import check_name
 from glider_dist.pool.store import check_sites
 from glider_dist.tasks.task import Task
 from glider_dist.tracking.progress import progress
-from glider_dist.training.batches import packing_for
+from glider_dist.training.batches import packing_for, slots_for
 from glider_dist.training.checkpoint import Checkpoints
 from glider_dist.training.cotrain import CoTraining, Turn
 from glider_dist.training.prepare import SHARES, checkpoint_folder, note_shares, prepare, task_facts
@@ -174,8 +174,7 @@ def _train(
         Stopped: the job was asked to, and not all are done.
     """
     train, ranks = job.cfg.train, job.ranks
-    most = train.experts_in_flight or (8 if job.base.device.type == "cpu" else 32)
-    slots = make(max(1, min(most, len(mine))))
+    slots = make(slots_for(job.base.device, train.experts_in_flight, len(mine)))
     runner = Runner(job.frozen, job.collator, slots)
     packing = packing_for(job.base.device, train.micro_batch_tokens, train.micro_batch_size)
     depends = {trainee.name: facts_of(trainee, **facts(trainee.name)) for trainee in mine}

@@ -32,11 +32,13 @@ from glider_dist.pool.calibration import CALIBRATION_FILE
 from glider_dist.pool.files import read_json, write_json
 from glider_dist.pool.lock import hold_all
 from glider_dist.routing.strategies import check_router, needs_scores
+from glider_dist.semantics import describe, index
 from glider_dist.semantics.global_router import global_router
 from glider_dist.tracking.progress import progress
 from glider_dist.training import joint_multitask
 from glider_dist.training.batches import packing_for
 from glider_dist.training.deepspeed_moe import ExpertEngine
+from glider_dist.training.experts import train_experts, train_gates
 from glider_dist.training.joint_batches import Row, Union
 from glider_dist.training.joint_config import check_joint, deepspeed_config, recipes_of
 from glider_dist.training.joint_keep import JointKeeper, forget
@@ -67,6 +69,9 @@ def run(job: Job) -> None:
     check_joint(job.cfg)
     if job.cfg.joint.multitask:
         return _multitask(job)
+    if job.cfg.joint.prepare:
+        for stage in (train_experts, train_gates, describe.run, index.run, calibrate.run):
+            stage(job)
     job.ranks.on_main(lambda: _finish_earlier(job.open_pool(check_base=False)))
     pool = job.open_pool(check_base=False)
     key, record = _key(job), job.run_dir / RECORD

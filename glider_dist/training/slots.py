@@ -56,8 +56,12 @@ class Slots(ABC):
 
     @property
     def bytes_per_expert(self) -> int:
-        """Bytes of the weights and gradients of one expert, and of what it adds to."""
+        """Bytes of the weights and gradients of one expert."""
         return 2 * self.weights.shape[1] * self.weights.element_size()
+
+    def frozen(self) -> list[torch.Tensor]:
+        """What the slots hold besides their rows."""
+        return []
 
     def seen(self) -> tuple[dict[str, SiteBank], dict[str, torch.Tensor]]:
         """Banks and gates over all slots, to put into a model; :meth:`serve` chooses what it computes with."""
@@ -181,9 +185,18 @@ class GateSlots(Slots):
                 torch.zeros(count, padded_rank(ranks[site]), d_out, dtype=base_dtype, device=device),
                 torch.zeros(count, device=device),
                 torch.ones(count, dtype=torch.bool, device=device),
+                (padded_rank(ranks[site]),) * count,
             )
             for site, (d_out, d_in) in shapes.items()
         }
+
+    @property
+    def bytes_per_expert(self) -> int:
+        """Bytes of a gate, its gradient, and the expert that it weights."""
+        return super().bytes_per_expert + sum(tensor.nbytes for tensor in self.frozen()) // len(self.names)
+
+    def frozen(self) -> list[torch.Tensor]:
+        return [tensor for bank in self._frozen.values() for tensor in (bank.A, bank.B)]
 
     def initialise(self, slot: int, name: str) -> None:
         loras = self._read(name)
