@@ -232,7 +232,7 @@ def test_a_task_file_that_changed_since_the_checkpoint_is_named(file, said, fold
     assert outcome.code == 2
     assert len(outcome.errors) == 1
     assert said in outcome.errors[0]
-    assert f"delete {folder / 'run/checkpoints/expert/copy'} to start this expert anew" in outcome.errors[0]
+    assert f"delete {folder / 'run/checkpoints/expert/copy'} to start it anew" in outcome.errors[0]
     path.write_text(before)
     assert run("train-experts", folder, base).code == 0
     assert largest_difference(only(whole, "lora"), adapters(folder / "pool")) == 0.0

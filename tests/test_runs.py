@@ -61,7 +61,7 @@ def test_show_gives_the_command_that_goes_on(folder, monkeypatch):
     outcome = command("runs", "show", str(folder / "runs" / "stopped"))
     assert outcome.code == 0, outcome.err
     assert "stopped (max_minutes=1e-09 have passed)" in outcome.out
-    assert f"kept:     3 unfinished experts in {folder / 'runs/stopped/checkpoints/expert'}" in outcome.out
+    assert f"kept:     checkpoints of 3 in {folder / 'runs/stopped/checkpoints/expert'}" in outcome.out
     assert "to go on:" in outcome.out
     assert "to go on" not in command("runs", "show", str(folder / "runs" / "done")).out
 

@@ -166,9 +166,8 @@ def show(one: FoundRun) -> str:
         f"score:    {one.score}",
     ]
     for folder in sorted((one.path / "checkpoints").glob("*")):
-        kept = [path for path in folder.iterdir() if path.is_dir()]
-        if kept:
-            lines.append(f"kept:     {len(kept)} unfinished {folder.name}s in {folder}")
+        if kept := {path.parent for path in folder.rglob("step-*.safetensors")}:
+            lines.append(f"kept:     checkpoints of {len(kept)} in {folder}")
     if one.command:
         done = one.state == "done"
         lines.append(f"{'it was started by' if done else 'to go on'}:\n  {one.command}")

@@ -12,9 +12,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -40,12 +41,16 @@ from glider_dist.training.deepspeed_moe import ExpertEngine
 from glider_dist.training.experts import train_experts, train_gates
 from glider_dist.training.joint_batches import Row, Union
 from glider_dist.training.joint_config import check_joint, deepspeed_config, recipes_of
+from glider_dist.training.joint_keep import JointKeeper, forget
 from glider_dist.training.joint_loop import JointLoop, Scope, Step
 from glider_dist.training.joint_params import Trained
-from glider_dist.training.joint_pool import complete, move_into_place, write_version
+from glider_dist.training.joint_pool import complete, move_into_place, staging_pool, write_version
 from glider_dist.training.joint_routing import RouterExtras
 from glider_dist.training.joint_scores import QueryScores
 from glider_dist.training.joint_state import Tensors, gather_state
+from glider_dist.training.prepare import task_facts
+from glider_dist.training.trainee import Recipe
+from glider_dist.training.unfinished import Facts
 
 log = logging.getLogger(__name__)
 RECORD = "joint.json"
@@ -73,7 +78,7 @@ def run(job: Job) -> None:
     if record.exists() and read_json(record) == {"key": key, "pool": _digest(pool)}:
         if job.ranks.is_main:
             log.info("this training was done already, and the pool is as it left it")
-        return
+        return _calibrate(job, pool)
     # No rank may change the pool before all have seen what is in it.
     job.ranks.barrier()
     pool.check_base(job.fingerprint)
@@ -81,13 +86,25 @@ def run(job: Job) -> None:
     locks = job.ranks.together(lambda: hold_all(pool.path, changes if job.ranks.is_main else []))
     with locks:
         result = _routed(job, pool)
+
+        def note() -> None:
+            """Before the new versions take their places: a job killed in between is done, and knows it."""
+            write_json(record, {"key": key, "pool": _digest(pool, staging_pool(pool))})
+
         if result is not None:
-            _store(job, pool, result)
-        elif job.ranks.is_main:
-            log.warning("no step was better than the pool is, which stays as it was; try lower learning rates")
-        pool = job.open_pool()
-        job.ranks.on_main(lambda: write_json(record, {"key": key, "pool": _digest(pool)}))
-    if result is not None and (pool.router_dir / CALIBRATION_FILE).exists() and job.cfg.joint.recalibrate:
+            _store(job, pool, result, note)
+        else:
+            job.ranks.on_main(note)
+            if job.ranks.is_main:
+                log.warning("no step was better than the pool is, which stays as it was; try lower learning rates")
+        job.ranks.on_main(lambda: forget(job))
+    if result is not None:
+        _calibrate(job, pool)
+
+
+def _calibrate(job: Job, pool: ExpertPool) -> None:
+    """Make a calibration that is there for the experts as they are now; does nothing if it is."""
+    if (pool.router_dir / CALIBRATION_FILE).exists() and job.cfg.joint.recalibrate:
         calibrate.run(job)
 
 
@@ -134,6 +151,7 @@ def _multitask(job: Job) -> None:
         raise GliderError("no step was better than the base alone; nothing was written: lower the learning rate")
     weights = result.weights[joint_multitask.NAME]
     job.ranks.on_main(lambda: joint_multitask.store(job, weights, result.card))
+    job.ranks.on_main(lambda: forget(job))
 
 
 def _train(
@@ -155,8 +173,10 @@ def _train(
     if job.ranks.is_main:
         mb = {key: value / 1e6 for key, value in engine.local_bytes.items()}
         log.info("rank 0 keeps %.1f MB of experts and gates, %.1f MB of optimizer", *mb.values())
-    best: dict[str, Tensors] | None = None
-    bar = progress(total=recipe.steps, desc="steps", enabled=job.ranks.is_main)
+    keeper = JointKeeper(job, engine, trained, loop, _facts(job, recipes))
+    best = keeper.restore()
+    done = loop.progress.step
+    bar = progress(total=recipe.steps, initial=done, desc="steps", enabled=job.ranks.is_main)
 
     def after(step: Step) -> bool:
         nonlocal best
@@ -168,12 +188,18 @@ def _train(
             _tell(job, loop, loop.validate(validation))
             if loop.progress.best[0] == step.number:
                 best = gather_state(engine, trained, moments=False)
-        return False
+        job.run.progress("steps", step.number, recipe.steps)
+        return keeper.after_step(best)
 
-    with recomputed(job.frozen.model) if cfg.train.gradient_checkpointing else nullcontext():
-        _tell(job, loop, loop.validate(validation))
-        loop.run(train.steps(cfg.seed, recipe.batch_size, recipe.steps), after, ask)
+    with (
+        closing(keeper),
+        recomputed(job.frozen.model) if cfg.train.gradient_checkpointing else nullcontext(),
+    ):
+        if not loop.progress.validation:
+            _tell(job, loop, loop.validate(validation))
+        loop.run(islice(train.steps(cfg.seed, recipe.batch_size, recipe.steps), done, None), after, ask)
     bar.close()
+    job.stop.agree(keeper.stopped and loop.progress.step < recipe.steps)
     if best is None:
         return None
     found = loop.progress
@@ -198,6 +224,26 @@ def _train(
     return Result(best, card)
 
 
+def _facts(job: Job, recipes: dict[str, Recipe]) -> Facts:
+    """What the training depends on, apart from the ranks and how they share it."""
+    cfg = job.cfg
+    facts = {
+        f"{what} ({task.name})": value for task in job.tasks.held_in for what, value in task_facts(task).items()
+    }
+    for kind, recipe in recipes.items():
+        facts |= {f"{key} of the recipe of {kind}": str(value) for key, value in asdict(recipe).items()}
+    for group, settings in (("joint", cfg.joint), ("router", cfg.router)):
+        facts |= {f"{group}.{key}": str(value) for key, value in asdict(settings).items()}
+    facts["tasks.max_length"] = str(cfg.tasks.max_length)
+    if not cfg.joint.multitask:
+        pool = job.open_pool(check_base=False)
+        facts |= {
+            "the pool": _digest(pool),
+            "the pool's calibration": str(calibrate.calibration_of(pool).get("key")),
+        }
+    return facts
+
+
 def _tell(job: Job, loop: JointLoop, loss: float) -> None:
     step = loop.progress.step
     job.run.log({"joint/validation_loss": loss}, step)
@@ -205,8 +251,9 @@ def _tell(job: Job, loop: JointLoop, loss: float) -> None:
         log.info("validation after %d steps: %.4f nats per target token", step, loss)
 
 
-def _store(job: Job, pool: ExpertPool, result: Result) -> None:
-    """Each expert is written by the first rank that owns it; then rank 0 moves all of them into place."""
+def _store(job: Job, pool: ExpertPool, result: Result, note: Callable[[], None]) -> None:
+    """Each expert is written by the first rank that owns it; when all are there, rank 0 calls ``note`` and moves
+    them into place."""
     mesh = job.mesh
     first = mesh is None or mesh.rank == mesh.replica_ranks[0]
 
@@ -224,6 +271,7 @@ def _store(job: Job, pool: ExpertPool, result: Result) -> None:
 
     def swap() -> None:
         complete(pool, names)
+        note()
         move_into_place(pool)
         log.info("%d experts have new versions in %s", len(names), pool.path)
 
@@ -251,6 +299,8 @@ def _key(job: Job) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(pool: ExpertPool) -> str:
-    files = {expert.name: expert.card().get("files", {}) for expert in pool.experts()}
+def _digest(pool: ExpertPool, newer: ExpertPool | None = None) -> str:
+    """Of the experts' files; of those in ``newer`` the files there."""
+    versions = {expert.name: expert for source in (pool, newer) if source for expert in source.experts()}
+    files = {name: versions[name].card().get("files", {}) for name in pool.names}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
