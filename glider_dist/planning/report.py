@@ -30,14 +30,18 @@ class StagePlan:
     def total(self) -> int:
         return sum(self.memory.values())
 
-    def check(self, device_gb: float, advice: str) -> None:
-        """Raises GliderError, naming what needs most, if the device has less memory than the stage needs."""
+    def check(self, device_gb: float, ways: Sequence[str]) -> None:
+        """Look whether the stage fits; ``ways`` are settings with which it needs less.
+
+        Raises:
+            GliderError: naming what needs most, if the device has less memory than the stage needs.
+        """
         if self.total <= device_gb * GB:
             return
         what, most = max(self.memory.items(), key=lambda item: item[1])
         raise GliderError(
             f"{self.stage} needs {gigabytes(self.total)} GB on a GPU of {device_gb:g} GB (plan.device_gb), "
-            f"most of it, {gigabytes(most)} GB, for {what}; {advice}"
+            f"most of it, {gigabytes(most)} GB, for {what}; {', or '.join(ways)}"
         )
 
 
