@@ -168,12 +168,13 @@ def _train(
             _tell(job, loop, loop.validate(validation))
             if loop.progress.best[0] == step.number:
                 best = gather_state(engine, trained, moments=False)
-        return False
+        return step.number < recipe.steps and job.ranks.largest(job.stop.wished) > 0
 
     with recomputed(job.frozen.model) if cfg.train.gradient_checkpointing else nullcontext():
         _tell(job, loop, loop.validate(validation))
         loop.run(train.steps(cfg.seed, recipe.batch_size, recipe.steps), after, ask)
     bar.close()
+    job.stop.agree(loop.progress.step < recipe.steps)
     if best is None:
         return None
     found = loop.progress
