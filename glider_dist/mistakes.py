@@ -17,7 +17,7 @@ from typing import Any
 from glider_dist.errors import GliderError
 from glider_dist.parallel.launch import adopt_slurm
 
-_TOLD, _MAIN, _LEFT = (f"glider_dist/mistake/{key}" for key in ("told", "of_rank_0", "left"))
+_TOLD, _SAID, _MAIN, _LEFT = (f"glider_dist/mistake/{key}" for key in ("told", "said", "of_rank_0", "left"))
 _SECONDS = 5.0  # rank 0 may hold the store, so it stays until the others have looked, if they come
 
 
@@ -34,6 +34,11 @@ def tell(message: str) -> int:
     if store is None or store.add(_TOLD, 1) == 1:
         alone = rank > 0 and not (store is not None and _comes(store, _MAIN))
         print(f"glider-dist: error: {f'rank {rank}: ' if alone else ''}{message}", file=sys.stderr, flush=True)
+        if store is not None:
+            store.set(_SAID, "")
+    else:
+        # A launcher that sees this rank end may kill the one that is about to tell.
+        _comes(store, _SAID, 3.0)
     if store is not None:
         _leave()
         store.add(_LEFT, 1)
@@ -52,6 +57,7 @@ def told_elsewhere() -> bool:
     store = _store(3.0) if dist.is_initialized() else None
     if store is None or store.add(_TOLD, 0) == 0:
         return False
+    _comes(store, _SAID, 3.0)
     store.add(_LEFT, 1)
     return True
 
@@ -73,8 +79,8 @@ def _store(seconds: float) -> Any:
         return None
 
 
-def _comes(store: Any, key: str) -> bool:
-    until = time.monotonic() + 1.0
+def _comes(store: Any, key: str, seconds: float = 1.0) -> bool:
+    until = time.monotonic() + seconds
     while not (there := store.check([key])) and time.monotonic() < until:
         time.sleep(0.05)
     return bool(there)

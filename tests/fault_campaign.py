@@ -129,7 +129,7 @@ def try_fault(
     if fault == "full disk":
         if not place.small:
             return None
-        ballast.write_bytes(b"0" * draw.randrange(700_000, 1_200_000))
+        ballast.write_bytes(b"0" * draw.randrange(1_400_000, 3_000_000))
     launch = Launch(place.words, ranks, output)
     damaged: Path | None = None
     if fault == "full disk":

@@ -132,7 +132,7 @@ def prepare(template: Path, folder: Path, job: str, base: Path, small: bool) -> 
     run_dir = folder / "run"
     run_dir.mkdir(exist_ok=True)
     if small:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=1250k", "tmpfs", str(run_dir)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(run_dir)]
         small = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     return Place(folder, job, words_of(job, folder, base), small)
 

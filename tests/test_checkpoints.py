@@ -90,6 +90,13 @@ def test_the_newest_ones_are_kept_and_those_of_a_training_that_was_given_up_go(f
     assert files.names() == []
 
 
+def test_what_a_process_killed_while_it_deleted_has_left_is_no_checkpoint_and_goes(files):
+    (files.folder / "expert_1").rename(files.folder / ".expert_1.17.abcd.old")
+    assert files.names() == []
+    files.clear_up()
+    assert list(files.folder.iterdir()) == []
+
+
 def test_a_checkpoint_of_many_counts_when_all_parts_of_its_step_are_good(files):
     files.write("shared", 10, tensors(), {})
     step, parts, problems = files.newest(["expert_1", "shared"])

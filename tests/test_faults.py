@@ -134,6 +134,16 @@ def test_killed_between_its_last_step_and_the_pool_an_expert_is_stored_at_the_ne
     assert largest_difference(only(whole, "lora"), adapters(folder / "pool")) == 0.0
 
 
+def test_killed_between_the_pool_and_its_checkpoint_an_expert_leaves_none_behind(folder, base, monkeypatch):
+    monkeypatch.setattr("glider_dist.training.checkpoint.Checkpoints.remove", lambda self, name: None)
+    assert run("train-experts", folder, base).code == 0
+    monkeypatch.undo()
+    left = folder / "run" / "checkpoints" / "expert"
+    assert len(list(left.iterdir())) == 3
+    assert run("train-experts", folder, base).code == 0
+    assert list(left.iterdir()) == []
+
+
 def test_what_a_killed_writer_left_of_an_expert_is_cleared_up_and_the_old_one_comes_back(tmp_path):
     pool = random_pool(tmp_path / "pool", tiny_causal(), experts=("a", "a.b"), ranks=(4, 4))
     experts = pool.path / "experts"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 USAGE = """usage: glider-dist bench layer|arrow|train
        glider-dist bench dispatch|joint [--ranks N]
-       glider-dist bench embeddings
+       glider-dist bench embeddings|checkpoint
        deepspeed --num_gpus N --module glider_dist bench evaluate|without-gates [CONFIG.yaml] [key=value ...]
 
 layer          a routed layer in one process, against one LoRA, a loop over experts, every expert on every token
@@ -21,6 +21,7 @@ dispatch       one exchange between N processes on gloo, by each strategy, forwa
 joint          a step of joint training by ZeRO stage and dispatch, against one process and replicated experts
 arrow          Arrow here and in PEFT: time and memory at 8, 32 and 128 adapters
 train          many experts in one job, against one after another
+checkpoint     what keeping unfinished experts costs a training step
 embeddings     the embedding service against the bare model: throughput, cached texts, memory
 evaluate       seconds per query of evaluate.routers, and their ratios to the base alone (settings of evaluate)
 without-gates  scores of the routers that need no gates, beside random adapters (settings of evaluate)
@@ -45,7 +46,7 @@ def run(arguments: Arguments) -> int:
         cfg = read_config(arguments.file, arguments.overrides, {})
         run_stage("bench", cfg, importlib.import_module(_STAGES[what]).run)
         return 0
-    from glider_dist.bench import dispatch, embeddings, joint, layer, train
+    from glider_dist.bench import checkpoint, dispatch, embeddings, joint, layer, train
 
     if what == "layer":
         layer.run(_folder(arguments))
@@ -55,10 +56,12 @@ def run(arguments: Arguments) -> int:
         joint.run(_folder(arguments), arguments.ranks or 2)
     elif what == "embeddings":
         embeddings.run(_folder(arguments))
+    elif what == "checkpoint":
+        checkpoint.run(_folder(arguments))
     elif what == "train":
         train.main([])
     else:
-        known = ", ".join(["layer", "dispatch", "joint", "embeddings", "train", *_STAGES])
+        known = ", ".join(["layer", "dispatch", "joint", "embeddings", "train", "checkpoint", *_STAGES])
         raise GliderError(f"bench knows {known}, not {what!r}")
     return 0
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ class Checkpoints:
         """Whose files are there."""
         if not self.folder.is_dir():
             return []
-        return sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir() and self.steps(entry.name))
+        found = (entry.name for entry in self.folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        return sorted(name for name in found if self.steps(name))
 
     def steps(self, name: str) -> list[int]:
         """The steps with a file, good or not, newest first."""
@@ -148,6 +150,11 @@ class Checkpoints:
         folder = self.folder / check_name(name, "checkpoint")
         if folder.is_dir():
             remove_folder(folder)
+
+    def clear_up(self) -> None:
+        """Delete what a process that was killed while it deleted has left."""
+        for left in self.folder.glob(".*.old"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _opened(path: Path) -> Any:

@@ -26,7 +26,7 @@ from glider_dist.tracking.progress import progress
 from glider_dist.training.batches import packing_for, slots_for
 from glider_dist.training.checkpoint import Checkpoints
 from glider_dist.training.cotrain import CoTraining, Turn
-from glider_dist.training.prepare import SHARES, checkpoint_folder, note_shares, prepare, task_facts
+from glider_dist.training.prepare import SHARES, checkpoint_folder, forget_done, note_shares, prepare, task_facts
 from glider_dist.training.runner import Runner, installed
 from glider_dist.training.slots import ExpertSlots, GateSlots, Slots
 from glider_dist.training.summary import report
@@ -41,7 +41,7 @@ def train_experts(job: Job) -> None:
     tasks = job.tasks.held_in
     there = job.open_pool(check_base=False) if (job.pool_path / "pool.json").exists() else None
     todo = [task for task in tasks if there is None or task.name not in there]
-    _tell(job, "experts", todo, tasks)
+    _begin(job, "expert", todo, tasks)
     if not todo:
         return
     for task in todo:
@@ -94,7 +94,7 @@ def train_gates(job: Job) -> None:
     if job.tasks.held_in and not tasks:
         raise GliderError(f"pool {pool.path} has no expert of a held-in task; run train-experts first")
     todo = [task for task in tasks if not pool.expert(task.name).has_gate]
-    _tell(job, "gates", todo, tasks)
+    _begin(job, "gate", todo, tasks)
     if not todo:
         return
     pool.check_base(job.fingerprint)
@@ -144,11 +144,12 @@ def _dtype(job: Job) -> torch.dtype:
     return torch.promote_types(job.base.dtype, torch.float32)
 
 
-def _tell(job: Job, what: str, todo: Sequence[Task], tasks: Sequence[Task]) -> None:
+def _begin(job: Job, kind: str, todo: Sequence[Task], tasks: Sequence[Task]) -> None:
     # No rank may store an expert before all have seen what is missing.
     job.ranks.barrier()
     if job.ranks.is_main:
-        log.info("%d of %d %s to train on %d ranks", len(todo), len(tasks), what, job.ranks.world)
+        log.info("%d of %d %ss to train on %d ranks", len(todo), len(tasks), kind, job.ranks.world)
+        forget_done(job, kind, {task.name for task in tasks} - {task.name for task in todo})
 
 
 S = TypeVar("S", bound=Slots)

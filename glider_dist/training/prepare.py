@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from glider_dist.model.batch import Encoded
 from glider_dist.pool.files import read_json, write_json
 from glider_dist.tasks.prompt import answer, prompt
 from glider_dist.tasks.task import Task
+from glider_dist.training.checkpoint import Checkpoints
 from glider_dist.training.order import share_out
 from glider_dist.training.trainee import Recipe, Trainee
 from glider_dist.training.unfinished import Facts, digest
@@ -73,6 +74,14 @@ def note_shares(job: Job, kind: str, mine: Sequence[Trainee]) -> None:
     before = _shares_before(job, kind, {name for share in shares for name in share})
     if before is None:
         job.ranks.on_main(lambda: write_json(path, {"shares": shares}))
+
+
+def forget_done(job: Job, kind: str, done: Iterable[str]) -> None:
+    """Delete checkpoints of what is in the pool: their job was killed before it could."""
+    files = Checkpoints(checkpoint_folder(job, kind))
+    files.clear_up()
+    for name in set(files.names()) & set(done):
+        files.remove(name)
 
 
 def checkpoint_folder(job: Job, kind: str) -> Path:
