@@ -108,6 +108,9 @@ COMMANDS = {
         "render or submit the pipeline as a chain of batch jobs",
         own_usage=True,
     ),
+    "runs": Command(
+        "glider_dist.tracking.runs:run", "list runs with state, progress and score; how to go on", own_usage=True
+    ),
     "pool": Command(
         "glider_dist.pool_command:run",
         "import, ls, show, verify, remove, export, pack: adapters in and out of a pool",
@@ -256,7 +259,10 @@ def run_stage(name: str, cfg: Config, stage: Any, text: str | None = None) -> No
         except Stopped as stopped:
             if ranks.is_main:
                 log.info("stopped (%s); the same command goes on", stopped)
-            job.close()
+            job.close("stopped", str(stopped))
+            raise
+        except Exception as error:
+            job.fail(error)
             raise
         job.close()
 

@@ -157,9 +157,15 @@ class Job:
             if self.ranks.is_main:
                 self.ranks.barrier()
 
-    def close(self) -> None:
+    def fail(self, error: Exception) -> None:
+        """Note in the run directory, if there is one, why the job ends."""
         if "run" in self.__dict__:
-            self.run.finish()
+            self.run.finish("failed", str(error) or type(error).__name__)
+
+    def close(self, state: str = "done", reason: str = "") -> None:
+        """End tidily, together with the other ranks."""
+        if "run" in self.__dict__:
+            self.run.finish(state, reason)
         self.ranks.close()
         if "embedder" in self.__dict__:
             self.embedder.close()

@@ -6,12 +6,16 @@ tells. A rank whose collectives break because another one has left finds there t
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
 import time
 from datetime import timedelta
 from typing import Any
+
+from glider_dist.errors import GliderError
+from glider_dist.parallel.launch import adopt_slurm
 
 _TOLD, _MAIN, _LEFT = (f"glider_dist/mistake/{key}" for key in ("told", "of_rank_0", "left"))
 _SECONDS = 5.0  # rank 0 may hold the store, so it stays until the others have looked, if they come
@@ -53,6 +57,9 @@ def told_elsewhere() -> bool:
 
 
 def _place() -> tuple[int, int]:
+    # A mistake may come before the ranks have met; a broken set-up is what is being told then.
+    with contextlib.suppress(GliderError):
+        adopt_slurm(os.environ)
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 

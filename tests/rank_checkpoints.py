@@ -20,14 +20,16 @@ from glider_dist.model.engine import FrozenBase
 from glider_dist.parallel.ranks import ALONE, Ranks
 from glider_dist.parallel.stopping import _KEY, StopWish
 from glider_dist.settings import read_config
+from glider_dist.training import joint
 from glider_dist.training.checkpoint import Checkpoints
 from glider_dist.training.cotrain import CoTraining
 from glider_dist.training.experts import train_experts, train_gates
+from glider_dist.training.joint_loop import JointLoop
 from glider_dist.training.order import share_out
 from glider_dist.training.trainee import Trainee
 from glider_dist.training.unfinished import Interval, Unfinished, facts_of
 
-STAGES = {"train-experts": train_experts, "train-gates": train_gates}
+STAGES = {"train-experts": train_experts, "train-gates": train_gates, "train-joint": joint.run}
 
 
 class Killed(BaseException):
@@ -66,21 +68,25 @@ def recipe_of(name: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def at_turn(number: int | None, what: Any) -> Iterator[None]:
-    """Do something before the turn of that number (the first is 1)."""
-    once, turns = CoTraining.turn, 0
+    """Do something before the turn, or the step of joint training, of that number (the first is 1)."""
+    turns = 0
 
-    def turn(self: CoTraining) -> Any:
-        nonlocal turns
-        turns += 1
-        if turns == number:
-            what()
-        return once(self)
+    def counted(once: Any) -> Any:
+        def turn(self: Any, *args: Any) -> Any:
+            nonlocal turns
+            turns += 1
+            if turns == number:
+                what()
+            return once(self, *args)
 
-    CoTraining.turn = turn  # type: ignore[method-assign]
+        return turn
+
+    before = CoTraining.turn, JointLoop.step
+    CoTraining.turn, JointLoop.step = (counted(once) for once in before)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        CoTraining.turn = once  # type: ignore[method-assign]
+        CoTraining.turn, JointLoop.step = before  # type: ignore[method-assign]
 
 
 def done_file(folder: str, name: str) -> Path:

@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_BRIDGE, _NETWORK = "gldist0", "198.18.41"
-_CONTROL_PORT, _NODE_PORT = 16917, 6818
+# Of this process, so that two test runs on a machine do not meet.
+_OWN = os.getpid() % 250
+_BRIDGE, _NETWORK, _CONTROL_PORT = f"gld{_OWN}", f"198.18.{_OWN}", 16900 + _OWN
+_NODE_PORT = 6818
 _WAITING = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
 
 _CONF = """\
@@ -178,7 +180,7 @@ class Cluster:
         child = Path(f"/proc/{self._processes[node].pid}/task/{self._processes[node].pid}/children")
         self._until(f"{node} has its first process", lambda: bool(child.read_text().split()))
         inside = child.read_text().split()[0]
-        cable = f"gld{node}"
+        cable = f"{_BRIDGE}{node}"
         _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", inside)
         _ip("link", "set", cable, "master", _BRIDGE, "up")
         enter = ["nsenter", "--net", "--target", inside, "ip"]
@@ -240,7 +242,7 @@ class Cluster:
         text = self.run("scontrol", "-o", "show", "job", job).stdout
         return [word.removeprefix("JobState=") for word in text.split() if word.startswith("JobState=")]
 
-    def wait(self, job: str, seconds: float = 120.0) -> list[str]:
+    def wait(self, job: str, seconds: float = 300.0) -> list[str]:
         """The states in which a job or an array's members ended."""
         end = time.monotonic() + seconds
         while set(states := self.job_states(job)) & _WAITING:

@@ -80,3 +80,22 @@ def test_an_unknown_measurement_is_told(tmp_path: Path) -> None:
     cfg = read_config(None, [f"run_dir={tmp_path}"])
     with pytest.raises(GliderError, match="bench knows evaluate, arrow, without-gates, not 'speed'"):
         run_stage("bench", cfg, bench.run, "speed")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_joint_training_is_measured_in_every_way_and_checked(tmp_path):
+    from glider_dist.bench import joint
+
+    base = save_tiny_base(tmp_path / "base", tiny_causal())
+    rows = joint.run(tmp_path, 2, str(base))
+    assert len(rows) == 8
+    by = {(row["way"], row["dispatch"]): row for row in rows}
+    one, replicated = by["one process, all experts", "-"], by["replicated experts, ZeRO 2", "-"]
+    shared = by["ZeRO 2", "all_to_all"]
+    assert one["dispatch MB/rank"] == replicated["dispatch MB/rank"] == 0
+    assert shared["dispatch MB/rank"] > 0
+    # Experts halve, gates stay.
+    assert one["experts MB"] / 2 < shared["experts MB"] < 0.6 * one["experts MB"]
+    assert by["ZeRO 3", "auto"]["base MB"] < 0.6 * one["base MB"]
+    assert json.loads((tmp_path / "joint.json").read_text())["ranks"] == 2

@@ -73,6 +73,21 @@ def test_a_mistake_before_the_ranks_have_met_is_told_once(folder: Path) -> None:
     assert "'sed'" in told_once(outcomes)
 
 
+def test_a_mistake_under_srun_is_told_once_though_no_rank_has_read_the_variables(folder: Path) -> None:
+    step = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    words = [sys.executable, "-m", "glider_dist", "evaluate", "sed=1"]
+    processes = [start(words, folder, **step, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "012"]
+    try:
+        assert "'sed'" in told_once([finish(process) for process in processes])
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                kill(process)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_mistake_of_one_rank_ends_the_others_too(rank: int, folder: Path, base: Path) -> None:
     # A relative path means something else on a rank that was started elsewhere.

@@ -21,8 +21,8 @@ from glider_dist.testing import save_tiny_base, tiny_causal
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 SLURM = Path(__file__).resolve().parents[1] / "slurm"
-# Long enough to be interrupted, and kept after every step.
-LONG = {"train__max_steps": 300, "train__eval_every": 100, "train__save_minutes": 0.001}
+# Long enough to be interrupted.
+LONG = {"train__max_steps": 400, "train__eval_every": 100, "train__save_steps": 10}
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +72,21 @@ class Work:
         folders = sorted((self.folder / "run" / stage / "slurm").glob("*/attempt-*"))
         return [{path.name: path.read_text().strip() for path in folder.glob("*-*")} for folder in folders]
 
-    def until(self, what: str, done: Callable[[], object], seconds: float = 90.0) -> None:
+    def until(self, what: str, done: Callable[[], object], seconds: float = 180.0) -> None:
         end = time.monotonic() + seconds
         while not done():
             assert time.monotonic() < end, f"{what}: not after {seconds} s\n{self.text('*')}"
             time.sleep(0.1)
 
-    def until_in_the_middle(self, stage: str) -> None:
+    def until_in_the_middle(self, job: str, stage: str) -> None:
         """Wait until a rank has trained for some steps and kept them."""
-        kept = self.folder / "run" / stage
-        self.until("something is kept", lambda: [*kept.glob("unfinished/*/*.safetensors")])
+        kept = self.folder / "run" / stage / "checkpoints"
+
+        def found() -> bool:
+            assert self.slurm.job_states(job)[-1] in ("PENDING", "RUNNING"), self.text("*")
+            return any(kept.glob("**/*.safetensors"))
+
+        self.until("something is kept", found)
 
 
 @pytest.fixture
@@ -91,7 +96,7 @@ def work(tmp_path: Path, slurm: Cluster) -> Work:
     site = (SLURM / "site.env").read_text()
     own = f"""
         PYTHON=({sys.executable})
-        TIME=5
+        TIME=30
         INTERFACE=eth0
         SCRATCH={tmp_path}
         FILE_SECONDS=3
@@ -103,17 +108,25 @@ def work(tmp_path: Path, slurm: Cluster) -> Work:
     return Work(tmp_path, slurm)
 
 
-def alone(work: Work, *stages: str, **changes: object) -> Path:
+def alone(folder: Path, *stages: str, **changes: object) -> Path:
     """The pool that the stages give in this process, without a Slurm."""
-    pool = work.folder / "alone"
-    words = work.settings(pool=pool, run_dir=work.folder / "alone_run", **changes)
+    words = settings(folder, base=folder / "base", pool=folder / "alone", run_dir=folder / "alone_run", **changes)
     with cores(1):
         for stage in stages:
             assert command(stage, *words).code == 0
-    return pool
+    return folder / "alone"
 
 
-def done(work: Work, job: str, seconds: float = 150.0) -> None:
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pool of ``LONG``, trained in this process at one go."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    save_tiny_base(folder / "base", tiny_causal())
+    write_tasks(folder / "tasks")
+    return alone(folder, "train-experts", **LONG)
+
+
+def done(work: Work, job: str, seconds: float = 300.0) -> None:
     assert set(work.slurm.wait(job, seconds)) == {"COMPLETED"}, work.text("*")
 
 
@@ -123,7 +136,7 @@ def test_the_pipeline_over_two_nodes_ends_with_the_pool_of_one_machine(work: Wor
     )
     assert list(jobs) == ["fetch", "train-experts", "train-gates", "describe", "index", "calibrate", "evaluate"]
     stages = ("train-experts", "train-gates", "describe", "index", "calibrate", "evaluate")
-    pool = alone(work, *stages)
+    pool = alone(work.folder, *stages)
     for job in jobs.values():
         done(work, job)
     assert largest_difference(adapters(pool), adapters(work.folder / "pool")) == 0.0
@@ -152,44 +165,45 @@ def test_a_failing_member_of_an_array_wastes_no_other_and_is_all_that_is_submitt
     jobs = work.submit("shards=3", stages)
     assert [len(work.slurm.job_states(jobs[stage])) for stage in ("train-experts", "train-gates")] == [1, 1]
     done(work, jobs["describe"])
-    pool = alone(work, "train-experts", "train-gates")
+    pool = alone(work.folder, "train-experts", "train-gates")
     assert largest_difference(adapters(pool), adapters(work.folder / "pool")) == 0.0
 
 
 @pytest.mark.parametrize("how", ["requeue", "signal"])
-def test_a_job_that_is_interrupted_goes_on_and_ends_the_same(work: Work, how: str) -> None:
+def test_a_job_that_is_interrupted_goes_on_and_ends_the_same(work: Work, uninterrupted: Path, how: str) -> None:
     job = work.submit("nodes=2", "stages=[train-experts]", **LONG)["train-experts"]
-    pool = alone(work, "train-experts", **LONG)
-    work.until_in_the_middle("train-experts")
+    work.until_in_the_middle(job, "train-experts")
     words = ("scontrol", "requeue") if how == "requeue" else ("scancel", "--signal=USR1", "--batch")
     work.slurm.run(*words, job)
-    work.until("it is queued again", lambda: work.slurm.show(job)["Restarts"] == "1")
     done(work, job)
+    assert work.slurm.show(job)["Restarts"] == "1"
     assert "goes on after step" in work.text("train-experts")
-    assert largest_difference(adapters(pool), adapters(work.folder / "pool")) == 0.0
+    assert largest_difference(adapters(uninterrupted), adapters(work.folder / "pool")) == 0.0
+    if how == "signal":
+        codes = {key: value for key, value in work.attempts("train-experts")[0].items() if "exit" in key}
+        assert codes == {"exit-0": "85", "exit-1": "85"}
 
 
 def test_a_member_of_an_array_is_queued_again_alone(work: Work) -> None:
     job = work.submit("shards=2", "stages=[train-experts]", **LONG)["train-experts"]
     for shard in (0, 1):
-        work.until_in_the_middle(f"train-experts/shard-{shard}")
+        work.until_in_the_middle(f"{job}_{shard}", f"train-experts/shard-{shard}")
     # The last member has the id of the array itself.
     work.slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_1")
     done(work, job)
-    restarts = [work.slurm.show(f"{job}_{shard}")["Restarts"] for shard in (0, 1)]
-    assert restarts == ["0", "1"]
+    assert [work.slurm.show(f"{job}_{shard}")["Restarts"] for shard in (0, 1)] == ["0", "1"]
     assert adapters(work.folder / "pool").keys() == set(HELD_IN)
 
 
-def test_a_node_that_dies_costs_the_job_a_restart_on_the_others(work: Work) -> None:
+def test_a_node_that_dies_costs_the_job_a_restart_on_the_others(work: Work, uninterrupted: Path) -> None:
     job = work.submit("nodes=2", "stages=[train-experts]", **LONG)["train-experts"]
-    work.until_in_the_middle("train-experts")
+    work.until_in_the_middle(job, "train-experts")
     lost = work.slurm.show(job)["BatchHost"]
     work.slurm.crash(lost)
     try:
         done(work, job)
         assert lost not in work.slurm.run("scontrol", "show", "hostnames", work.slurm.show(job)["NodeList"]).stdout
-        assert adapters(work.folder / "pool").keys() == set(HELD_IN)
+        assert largest_difference(adapters(uninterrupted), adapters(work.folder / "pool")) == 0.0
     finally:
         work.slurm.boot(lost)
         work.until("the node is back", lambda: work.slurm.states() == ["idle"] * 3)
@@ -216,7 +230,7 @@ def test_after_a_crash_a_broken_node_is_left_out_and_a_broken_program_ends_the_j
     work: Work, broken: bool
 ) -> None:
     job = work.submit("nodes=2", "stages=[train-experts]", **LONG)["train-experts"]
-    work.until_in_the_middle("train-experts")
+    work.until_in_the_middle(job, "train-experts")
     first = work.slurm.show(job)["BatchHost"]
     if broken:
         (work.folder / f"broken-{first}").touch()
@@ -226,6 +240,7 @@ def test_after_a_crash_a_broken_node_is_left_out_and_a_broken_program_ends_the_j
         assert work.slurm.wait(job) == ["FAILED"]
         return
     done(work, job)
+    assert "goes on after step" in work.text("train-experts")
     assert work.slurm.show(job)["ExcNodeList"] == first
     assert f"node {first} is not in order" in work.text("train-experts")
     assert adapters(work.folder / "pool").keys() == set(HELD_IN)
@@ -242,7 +257,7 @@ def test_a_job_that_never_gets_on_ends_after_so_many_starts(work: Work) -> None:
 
 def test_a_cancelled_job_leaves_no_process_behind(work: Work) -> None:
     words = ("train-experts", "train-gates", "describe", "index", "calibrate")
-    alone(work, *words, pool=work.folder / "pool")
+    shutil.copytree(alone(work.folder, *words), work.folder / "pool")
     job = work.submit("nodes=2", "stages=[evaluate]", evaluate__max_new_tokens=100, evaluate__queries=64)[
         "evaluate"
     ]
@@ -256,11 +271,11 @@ def test_a_cancelled_job_leaves_no_process_behind(work: Work) -> None:
 def test_deepspeeds_launcher_gives_the_same_and_its_zero_is_not_believed(work: Work) -> None:
     words = ("nodes=2", "stages=[train-experts]", "launcher=deepspeed")
     done(work, work.submit(*words)["train-experts"])
-    assert largest_difference(adapters(alone(work, "train-experts")), adapters(work.folder / "pool")) == 0.0
+    assert largest_difference(adapters(alone(work.folder, "train-experts")), adapters(work.folder / "pool")) == 0.0
     shutil.rmtree(work.folder / "pool")
     shutil.rmtree(work.folder / "run")
     job = work.submit(*words, **LONG)["train-experts"]
-    work.until_in_the_middle("train-experts")
+    work.until_in_the_middle(job, "train-experts")
     kill_first(b"srun\0-n", f"SLURM_JOB_ID={job}")
     assert work.slurm.wait(job) == ["FAILED"]
 

@@ -108,6 +108,7 @@ def test_the_chain_waits_member_for_member_and_then_for_all(job: Path) -> None:
     assert "GLIDER_SERVICE=yes\n" in scripts["evaluate.sbatch"]
     assert "GLIDER_SERVICE=no\n" in scripts["train-gates.sbatch"]
     assert not (job / "run").exists()
+    assert "--array" not in slurm(job, "submit", "shards=1")["train-experts.sbatch"]
 
 
 def test_shards_that_the_pool_has_are_left_out(job: Path) -> None:
@@ -176,7 +177,7 @@ def test_words_reach_the_stage_as_they_were_typed(job: Path) -> None:
     script = slurm(job, "render", odd)["evaluate.sbatch"]
     start = script.index("set -- ")
     shown = subprocess.run(
-        ["bash", "-c", script[start : script.index("\nset -euo")] + '\nprintf "%s\\0" "$@"'],
+        ["bash", "-c", script[start : script.index("\nscripts=")] + '\nprintf "%s\\0" "$@"'],
         capture_output=True,
         text=True,
         check=True,

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from glider_dist.cli import Arguments
 
 USAGE = """usage: glider-dist bench layer|arrow|train
-       glider-dist bench dispatch [--ranks N]
+       glider-dist bench dispatch|joint [--ranks N]
        glider-dist bench embeddings
        deepspeed --num_gpus N --module glider_dist bench evaluate|without-gates [CONFIG.yaml] [key=value ...]
 
 layer          a routed layer in one process, against one LoRA, a loop over experts, every expert on every token
 dispatch       one exchange between N processes on gloo, by each strategy, forward and backward
+joint          a step of joint training by ZeRO stage and dispatch, against one process and replicated experts
 arrow          Arrow here and in PEFT: time and memory at 8, 32 and 128 adapters
 train          many experts in one job, against one after another
 embeddings     the embedding service against the bare model: throughput, cached texts, memory
@@ -44,18 +45,20 @@ def run(arguments: Arguments) -> int:
         cfg = read_config(arguments.file, arguments.overrides, {})
         run_stage("bench", cfg, importlib.import_module(_STAGES[what]).run)
         return 0
-    from glider_dist.bench import dispatch, embeddings, layer, train
+    from glider_dist.bench import dispatch, embeddings, joint, layer, train
 
     if what == "layer":
         layer.run(_folder(arguments))
     elif what == "dispatch":
         dispatch.run(_folder(arguments), arguments.ranks or 2)
+    elif what == "joint":
+        joint.run(_folder(arguments), arguments.ranks or 2)
     elif what == "embeddings":
         embeddings.run(_folder(arguments))
     elif what == "train":
         train.main([])
     else:
-        known = ", ".join(["layer", "dispatch", "embeddings", "train", *_STAGES])
+        known = ", ".join(["layer", "dispatch", "joint", "embeddings", "train", *_STAGES])
         raise GliderError(f"bench knows {known}, not {what!r}")
     return 0
 

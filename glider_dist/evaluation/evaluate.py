@@ -35,7 +35,8 @@ def run(job: Job) -> list[RouterResult]:
     check_stage(cfg, len(pool), job.ranks.world)
     tasks = job.tasks.all
     lacking = [task.name for task in job.tasks.held_in if task.name not in pool]
-    if lacking:
+    # A pool may be of other tasks altogether, or hold the multitask baseline; one that lacks a few is unfinished.
+    if lacking and len(lacking) < len(job.tasks.held_in):
         raise GliderError(f"pool {pool.path} has no expert for the held-in task {lacking[0]!r}; run train-experts")
     key = rows_key(job, pool)
     rows = job.run_dir / "rows"
@@ -88,6 +89,7 @@ def report(job: Job, results: list[RouterResult]) -> str:
 
 
 def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str], rows: Path, key: str) -> None:
+    cfg = job.cfg.evaluate
     routers = [dataclasses.replace(job.cfg.router, kind=kind) for kind in todo]
     needs_index = any(needs_scores(router) for router in routers)
     needs_gates = any(strategy_of(router).local == "gate" for router in routers)
@@ -96,8 +98,8 @@ def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str],
     model = job.attach(pool, first)
     try:
         for kind in progress(todo, desc="routers", enabled=job.ranks.is_main):
-            minutes = job.cfg.evaluate.save_minutes
-            partial = PartialRow(rows / "partial", kind, key, job.ranks, len(pool), minutes)
+            job.run.progress("rows", len(cfg.routers) - len(todo) + todo.index(kind), len(cfg.routers))
+            partial = PartialRow(rows / "partial", kind, key, job.ranks, len(pool), cfg.save_minutes)
             result, routing = evaluate_router(job, pool, kind, queries, router, partial)
             _check_unchanged(job, key)
             if job.ranks.is_main:

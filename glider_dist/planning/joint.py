@@ -18,9 +18,8 @@ from glider_dist.planning.traffic import bandwidth, compute_seconds, sharded_tra
 from glider_dist.planning.training import ways_to_save
 from glider_dist.routing.strategies import check_router
 from glider_dist.training.batches import packing_for
-from glider_dist.training.joint import check, recipes_of
 from glider_dist.training.joint_batches import Row, micro_batches
-from glider_dist.training.joint_config import deepspeed_config
+from glider_dist.training.joint_config import check_joint, deepspeed_config, recipes_of
 
 _FP32 = 4
 
@@ -28,7 +27,7 @@ _FP32 = 4
 def plan_joint(target: Target) -> StagePlan:
     """Raises GliderError if the stage cannot run as configured or the device is too small."""
     cfg, train = target.cfg, target.cfg.train
-    check(cfg)
+    check_joint(cfg)
     check_router(cfg.router, len(target.experts.names))
     recipe = recipes_of(cfg)["experts"]
     if recipe.batch_size < target.world:

@@ -108,7 +108,6 @@ def render(
             raise GliderError(f"{folder} has no {name}; name the repository's folder slurm/ by slurm.scripts")
     site = Site.read(Path(cfg.slurm.site).absolute() if cfg.slurm.site else folder / SITE)
     chain = make_chain(cfg, known, cfg.slurm.ranks or site.number("RANKS_PER_NODE", 1))
-    site.number("GPUS_PER_NODE", 0)
     site.number("CPUS_PER_RANK", 1)
     template = (folder / TEMPLATE).read_text()
 

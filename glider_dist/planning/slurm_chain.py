@@ -60,8 +60,9 @@ def make_chain(cfg: Config, known: Sequence[str], ranks: int) -> list[Link]:
             shards = _lacking(cfg, gates="train-gates" in cfg.slurm.stages)
             if not shards:
                 continue
-            # A member of the one array can only be matched with its like in the other.
-            matching = before is not None and before.shards == shards
+            if cfg.slurm.shards == 1:
+                shards = ()
+            matching = bool(shards) and before is not None and before.shards == shards
             chain.append(Link(stage, cfg.slurm.nodes, ranks, shards, after, matching))
         elif stage in ONE_RANK:
             chain.append(Link(stage, 1, 1, after=after))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
-from glider_dist.planning.slurm_chain import Link
+from glider_dist.planning.slurm_chain import ONE_RANK, Link
 
 TEMPLATE, RANK, SITE = "stage.sbatch", "rank.py", "site.env"
 _MARK = "# @settings@\n"
@@ -57,6 +57,13 @@ class Site:
 def directives(link: Link, cfg: Config, site: Site, folder: Path) -> list[str]:
     """The options of sbatch for a job; its output goes to ``folder``."""
     values = site.values
+    gpus = site.number("GPUS_PER_NODE", 0)
+    if gpus and link.ranks > gpus:
+        raise GliderError(
+            f"{link.ranks} ranks per node need as many GPUs, but {site.file} has GPUS_PER_NODE={gpus}"
+        )
+    if link.stage in ONE_RANK:
+        gpus = 0 if link.stage == "fetch" else min(gpus, 1)
     partition = values["FETCH_PARTITION"] if link.stage == "fetch" else ""
     chosen = {
         "job-name": f"glider-{link.stage}",
@@ -65,7 +72,7 @@ def directives(link: Link, cfg: Config, site: Site, folder: Path) -> list[str]:
         "nodes": str(link.nodes),
         "ntasks-per-node": str(link.ranks),
         "cpus-per-task": values["CPUS_PER_RANK"],
-        "gpus-per-node": "" if values["GPUS_PER_NODE"] == "0" else values["GPUS_PER_NODE"],
+        "gpus-per-node": str(gpus or ""),
         "mem": values["MEMORY"],
         "time": cfg.slurm.time or values["TIME"],
         "partition": partition or values["PARTITION"],

@@ -48,8 +48,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        # Of a write or a sync the system does not say which file it was.
-        error.filename = error.filename or str(path)
+        # Of a write or a sync the system does not say which file it was, and the temporary name says little.
+        if error.filename is None or str(error.filename) == str(temporary):
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -103,7 +104,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapp
     try:
         save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:
-        if code := re.search(r"code: (\d+)", str(error)):
+        if code := re.search(r"os error (\d+)", str(error)):
             number = int(code[1])
             raise OSError(number, os.strerror(number), str(path)) from None
         raise
@@ -140,6 +141,10 @@ def replacing_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         else:
             _rename_new(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if not isinstance(error, FileExistsError):
+            error.filename = str(path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

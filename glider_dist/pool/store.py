@@ -57,13 +57,21 @@ class Expert:
     def has_gate(self) -> bool:
         return (self.folder / GATE_FILE).exists()
 
+    def _inside(self, *files: str) -> Path:
+        """The path of the last of its files; raises GliderError if any is a link that leaves the pool."""
+        for file in files:
+            path = self.folder / file
+            if path.is_symlink() and not path.resolve().is_relative_to(self.folder.parents[1].resolve()):
+                raise GliderError(f"{path} is a link that leaves the pool; put the file itself there")
+        return path
+
     def card(self) -> dict[str, Any]:
         """What the pool notes of the expert; empty if there is no card.
 
         Raises:
             GliderError: it is no JSON object, or its hashes or its summary are none.
         """
-        path = self.folder / CARD_FILE
+        path = self._inside(CARD_FILE)
         again = "remove the expert and add it again"
         card = read_json(path, again) if path.exists() else {}
         if not all(isinstance(card.get(key) or {}, dict) for key in ("files", "summary")):
@@ -71,19 +79,19 @@ class Expert:
         return card
 
     def config(self) -> dict[str, Any]:
-        return read_config(self.folder)
+        return read_config(self._inside(CONFIG_FILE).parent)
 
     def weights(self) -> dict[str, SiteLora]:
         """``{site: SiteLora}``, read from disk."""
-        return read_adapter(self.folder)
+        return read_adapter(self._inside(CONFIG_FILE, WEIGHTS_FILE).parent)
 
     def gate(self) -> dict[str, torch.Tensor]:
         """Raw gate vectors ``{site: v [d_in]}``, read from disk."""
-        return read_gate(self.folder / GATE_FILE)
+        return read_gate(self._inside(GATE_FILE))
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """``{site: (d_out, d_in)}`` from the file's header."""
-        return site_shapes(self.folder)
+        return site_shapes(self._inside(WEIGHTS_FILE).parent)
 
     def summary(self, card: dict[str, Any]) -> dict[str, Any]:
         """Sites, ranks, dtype and bytes as its ``card`` has them, else from the headers."""

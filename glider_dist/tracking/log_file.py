@@ -20,13 +20,18 @@ class EarlyLog(logging.handlers.MemoryHandler):
             self.buffer.append(record)
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk costs lines of the log, and not a traceback for each of them."""
+
+
 def open_log_file(path: Path) -> logging.Handler:
     """Log to ``path`` from now on, after what an :class:`EarlyLog` of the root logger has kept.
 
     Raises:
         OSError: if the file cannot be opened.
     """
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     for early in [known for known in root.handlers if isinstance(known, EarlyLog)]:

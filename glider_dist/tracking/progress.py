@@ -25,7 +25,11 @@ class _Lines:
 
 
 def progress(
-    iterable: Iterable[Any] | None = None, total: int | None = None, desc: str = "", enabled: bool = True
+    iterable: Iterable[Any] | None = None,
+    total: int | None = None,
+    desc: str = "",
+    enabled: bool = True,
+    initial: int = 0,
 ) -> tqdm:
     """A tqdm bar on stderr; iterate over it, or call ``update(n)`` and ``close()``.
 
@@ -36,6 +40,7 @@ def progress(
     return tqdm(
         iterable,
         total=total,
+        initial=initial,
         desc=desc or None,
         disable=not enabled,
         file=sys.stderr if terminal else _Lines(),

@@ -8,6 +8,7 @@ Everything W&B receives is in the run directory too: a run without W&B, or with 
     log.txt         what the main rank logged, over all starts, from the beginning of the job
     NAME.json       tables: {"columns": [...], "rows": [[...]]}
     wandb_id        the W&B run that later starts continue
+    state.json      how the latest start is doing (see ``tracking.state``)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from omegaconf import OmegaConf
 
 from glider_dist.errors import GliderError
 from glider_dist.tracking.log_file import open_log_file
+from glider_dist.tracking.state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,16 @@ _PACKAGES = ("glider_dist", "torch", "deepspeed", "transformers", "peft", "datas
 class Run:
     """One run directory; stages of one process may share it. On ranks but the main one nothing is done."""
 
-    def __init__(self, run_dir: Path, metrics: TextIO | None, handler: logging.Handler | None, wandb_run: Any):
+    def __init__(
+        self,
+        run_dir: Path,
+        metrics: TextIO | None,
+        handler: logging.Handler | None,
+        wandb_run: Any,
+        state: RunState | None = None,
+    ):
         self.run_dir = run_dir
+        self._state = state
         self._metrics = metrics
         self._handler = handler
         self._wandb = wandb_run
@@ -83,9 +93,15 @@ class Run:
             _replace(run_dir / "versions.json", json.dumps(versions, indent=1) + "\n")
             metrics = _open_to_append(run_dir / METRICS)
             handler = open_log_file(run_dir / LOG)
+            state = RunState(run_dir, stage)
         except OSError as error:
             raise GliderError(_unwritable(run_dir, error.strerror)) from error
-        return cls(run_dir, metrics, handler, _start_wandb(run_dir, config, stage, mode))
+        return cls(run_dir, metrics, handler, _start_wandb(run_dir, config, stage, mode), state)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Note how far the stage is, for ``glider-dist runs``; cheap."""
+        if self._state is not None:
+            self._state.progress(what, done, total)
 
     def log(self, values: Mapping[str, float | str], step: int | None = None) -> None:
         """Record scalars and short strings. Steps may restart: stages that share a run count their own."""
@@ -93,8 +109,12 @@ class Run:
             return
         point = dict(values) if step is None else {**values, "step": step}
         record = {"time": round(time.time(), 3), **{key: _plain(value) for key, value in point.items()}}
-        self._metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            error.filename = str(self.run_dir / METRICS)
+            raise
         # As a value and not as W&B's own step, which drops points that go back (a second stage, a restart).
         self._to_wandb(lambda run: run.log(point))
 
@@ -121,8 +141,14 @@ class Run:
 
         self._to_wandb(write)
 
-    def finish(self) -> None:
-        """Close files and W&B; online, wait 120 s at most for the upload. A second call does nothing."""
+    def finish(self, state: str = "done", reason: str = "") -> None:
+        """Close files and W&B; online, wait 120 s at most for the upload. A second call does nothing.
+
+        Args:
+            state: how it ended: "done", "stopped" or "failed".
+        """
+        if self._state is not None:
+            self._state.end(state, reason)
         self._to_wandb(lambda run: run.finish())
         self._wandb = None
         if self._metrics is not None:
@@ -233,10 +259,21 @@ def _versions() -> dict[str, Any]:
         "packages": {name: _installed(name) for name in _PACKAGES},
         "git": _git(),
         "command": sys.argv,
+        "folder": os.getcwd(),
+        "launcher": _launcher(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cpus": os.cpu_count(),
         "device": _device(),
     }
+
+
+def _launcher() -> str:
+    """What started the ranks, as far as the environment tells."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    if any(word.startswith("--local_rank") for word in sys.argv):
+        return "deepspeed"
+    return "srun" if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" else ""
 
 
 def _installed(package: str) -> str | None:

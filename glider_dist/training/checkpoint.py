@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,12 @@ class Checkpoints:
         if _digest(tensors, metadata["record"]) != metadata.get("sha256"):
             raise Damaged(f"{path} has changed since it was written (its checksum differs)")
         return Part(tensors, record)
+
+    def some(self, name: str, step: int, wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        """The tensors with a wanted key of a file that has been checked already."""
+        with _opened(self.path(name, step)) as file:
+            keys = file.keys()
+            return {key: file.get_tensor(key) for key in keys if wanted(key)}
 
     def newest(self, names: Sequence[str]) -> tuple[int, dict[str, Part], list[str]]:
         """The newest step of which the files of all ``names`` are good.

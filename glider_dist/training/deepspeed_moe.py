@@ -163,8 +163,10 @@ class ExpertEngine:
     def values(self) -> dict[str, torch.Tensor]:
         """The present values of all parameters, in the graph where gradients are enabled; a collective under
         ZeRO 3. Call it once for each forward of the model."""
-        values: dict[str, torch.Tensor] = self.engine() if torch.is_grad_enabled() else self.engine.module()
-        return values
+        values = self.engine() if torch.is_grad_enabled() else self.engine.module()
+        # Once more for all parts together: a loss that depends on any value then reaches every parameter and every
+        # hook of ZeRO 3, which counts them and compares the ranks' counts.
+        return dict(zip(values, _Enter.apply(*values.values()), strict=True))
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradients of ``loss``. All ranks call it equally often.

@@ -199,6 +199,7 @@ def _train(
         nonlocal turns
         turns += 1
         bar.update(len(turn.losses))
+        job.run.progress(f"{kind} steps on rank 0", int(bar.n), int(bar.total or 0))
         job.run.log({f"{kind}/{key}": value for key, value in turn.means().items()}, turns)
 
     started = time.perf_counter()

@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.evaluation import calibrate
 from glider_dist.evaluation.queries import queries_digest
@@ -27,83 +30,82 @@ from glider_dist.model.recompute import recomputed
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.calibration import CALIBRATION_FILE
 from glider_dist.pool.files import read_json, write_json
+from glider_dist.pool.lock import hold_all
 from glider_dist.routing.strategies import check_router, needs_scores
+from glider_dist.semantics import describe, index
 from glider_dist.semantics.global_router import global_router
 from glider_dist.tracking.progress import progress
+from glider_dist.training import joint_multitask
 from glider_dist.training.batches import packing_for
 from glider_dist.training.deepspeed_moe import ExpertEngine
+from glider_dist.training.experts import train_experts, train_gates
 from glider_dist.training.joint_batches import Row, Union
-from glider_dist.training.joint_config import check_combination, deepspeed_config
-from glider_dist.training.joint_loop import JointLoop, Step
+from glider_dist.training.joint_config import check_joint, deepspeed_config, recipes_of
+from glider_dist.training.joint_keep import JointKeeper, forget
+from glider_dist.training.joint_loop import JointLoop, Scope, Step
 from glider_dist.training.joint_params import Trained
-from glider_dist.training.joint_pool import complete, move_into_place, write_version
+from glider_dist.training.joint_pool import complete, move_into_place, staging_pool, write_version
 from glider_dist.training.joint_routing import RouterExtras
 from glider_dist.training.joint_scores import QueryScores
 from glider_dist.training.joint_state import Tensors, gather_state
+from glider_dist.training.prepare import task_facts
 from glider_dist.training.trainee import Recipe
+from glider_dist.training.unfinished import Facts
 
 log = logging.getLogger(__name__)
 RECORD = "joint.json"
 
 
+@dataclass(frozen=True)
+class Result:
+    """The best weights of the experts that this rank owns, and what their cards say of the training."""
+
+    weights: dict[str, Tensors]
+    card: dict[str, Any]
+
+
 def run(job: Job) -> None:
     """Train the pool jointly and replace what trained; nothing if that was done already."""
-    check(job.cfg)
+    check_joint(job.cfg)
+    if job.cfg.joint.multitask:
+        return _multitask(job)
+    if job.cfg.joint.prepare:
+        for stage in (train_experts, train_gates, describe.run, index.run, calibrate.run):
+            stage(job)
+    job.ranks.on_main(lambda: _finish_earlier(job.open_pool(check_base=False)))
     pool = job.open_pool(check_base=False)
-    job.ranks.on_main(lambda: _finish_earlier(pool))
-    pool = job.open_pool(check_base=False)
-    key = _key(job)
-    record = job.run_dir / RECORD
-    if record.exists() and read_json(record) == {"key": key, "pool": _pool_hash(pool)}:
+    key, record = _key(job), job.run_dir / RECORD
+    if record.exists() and read_json(record) == {"key": key, "pool": _digest(pool)}:
         if job.ranks.is_main:
             log.info("this training was done already, and the pool is as it left it")
-        return
+        return _calibrate(job, pool)
+    # No rank may change the pool before all have seen what is in it.
     job.ranks.barrier()
     pool.check_base(job.fingerprint)
-    calibrated = (pool.router_dir / CALIBRATION_FILE).exists()
-    best = _train(job, pool)
-    if best is None:
-        if job.ranks.is_main:
-            log.warning("no step was better than the pool is, which stays as it was; try lower learning rates")
-    else:
-        _write(job, pool, *best)
-    pool = job.open_pool()
-    job.ranks.on_main(lambda: write_json(record, {"key": key, "pool": _pool_hash(pool)}))
-    if best is not None and calibrated and job.cfg.joint.recalibrate:
+    changes = job.cfg.joint.experts or list(pool.names)
+    locks = job.ranks.together(lambda: hold_all(pool.path, changes if job.ranks.is_main else []))
+    with locks:
+        result = _routed(job, pool)
+
+        def note() -> None:
+            """Before the new versions take their places: a job killed in between is done, and knows it."""
+            write_json(record, {"key": key, "pool": _digest(pool, staging_pool(pool))})
+
+        if result is not None:
+            _store(job, pool, result, note)
+        else:
+            job.ranks.on_main(note)
+            if job.ranks.is_main:
+                log.warning("no step was better than the pool is, which stays as it was; try lower learning rates")
+        job.ranks.on_main(lambda: forget(job))
+    if result is not None:
+        _calibrate(job, pool)
+
+
+def _calibrate(job: Job, pool: ExpertPool) -> None:
+    """Make a calibration that is there for the experts as they are now; does nothing if it is."""
+    if (pool.router_dir / CALIBRATION_FILE).exists() and job.cfg.joint.recalibrate:
         calibrate.run(job)
-
-
-def check(cfg: Config) -> None:
-    """Raises GliderError for settings that cannot be trained with; before anything is read."""
-    check_combination(cfg)
-    trainable = cfg.router.kind in ("phatgoose", "global") or (
-        cfg.router.kind == "glider" and cfg.router.local == "gate"
-    )
-    if not trainable:
-        kind = f"{cfg.router.kind} with router.local={cfg.router.local}"
-        raise GliderError(
-            f"train-joint cannot train through router.kind={kind}: its scores would have to follow the experts; "
-            "use glider, phatgoose or global"
-        )
-    if cfg.dispatch == "local" and cfg.mesh.expert_parallel > 1:
-        raise GliderError(
-            "dispatch=local cannot train experts that other ranks own; use auto, all_to_all or gather"
-        )
-
-
-def recipes_of(cfg: Config) -> dict[str, Recipe]:
-    """Of experts and gates: their learning rates differ."""
-    joint = cfg.joint
-    rates = {
-        "experts": joint.learning_rate or cfg.train.learning_rate,
-        "gates": joint.gate_learning_rate or cfg.train.gate_learning_rate,
-    }
-    base = replace(
-        Recipe.of(cfg.train, cfg.seed),
-        steps=joint.steps or cfg.train.max_steps,
-        batch_size=joint.batch_size or cfg.train.batch_size,
-    )
-    return {kind: replace(base, learning_rate=rate) for kind, rate in rates.items()}
 
 
 def _finish_earlier(pool: ExpertPool) -> None:
@@ -111,76 +113,70 @@ def _finish_earlier(pool: ExpertPool) -> None:
         log.info("an earlier train-joint had written its experts; they are in place now")
 
 
-def _train(job: Job, pool: ExpertPool) -> tuple[dict[str, Tensors], dict[str, Any]] | None:
-    """The best weights of the experts that this rank owns and what their cards say; None if none were better."""
+def _routed(job: Job, pool: ExpertPool) -> Result | None:
+    """Train through the pool's routers; None if no step was better than the pool is."""
     cfg, joint = job.cfg, job.cfg.joint
-    recipes = recipes_of(cfg)
-    recipe = recipes["experts"]
     check_router(cfg.router, len(pool))
-    router = global_router(job, pool) if needs_scores(cfg.router) else None
-    train = Union(job.tasks.held_in, "train", job.collator)
-    validation = Union(job.tasks.held_in, "validation", job.collator, cfg.train.eval_examples).rows()
-    ensure_group()
-    wide = torch.promote_types(job.base.dtype, torch.float32)
-    model = job.attach(pool, cfg.router, wide)
-    scores = QueryScores(router, len(pool))
-    started = time.perf_counter()
+    scores = QueryScores(global_router(job, pool) if needs_scores(cfg.router) else None, len(pool))
+    model = job.attach(pool, cfg.router, torch.promote_types(job.base.dtype, torch.float32))
     try:
         context = context_of(model)
-        mesh = job.mesh
-        owned = range(len(pool)) if context.dispatch is None else _owned(context)
+        owned: Sequence[int] = range(len(pool))
+        if context.dispatch is not None:
+            owned = context.dispatch.placement.owned(context.dispatch.mesh.expert_rank)
         trained = Trained(context, owned, joint.experts, joint.train != "gates", joint.train != "experts")
-        parallel = mesh.expert_parallel if mesh is not None else 1
-        config = deepspeed_config(cfg, job.ranks.world, recipe.learning_rate, trained.elements)
-        engine = ExpertEngine(trained.experts, trained.gates, parallel, config)
         extras = RouterExtras(joint, cfg.seed, cfg.router.top_k, len(context.banks))
-
-        def scope(rows: Any) -> Any:
-            return query_scores(model, extras.drop(scores.of(rows)))
-
-        packing = packing_for(job.base.device, cfg.train.micro_batch_tokens, cfg.train.micro_batch_size)
-        loop = JointLoop(model, job.collator, engine, trained, scope, recipes, packing, extras)
-        with recomputed(model) if cfg.train.gradient_checkpointing else nullcontext():
-            best = _steps(job, loop, train, validation, scores)
+        return _train(
+            job, trained, extras, lambda rows: query_scores(model, extras.drop(scores.of(rows))), scores.ask
+        )
     finally:
         scores.close()
         detach(model)
-    if best is None:
-        return None
-    found = loop.progress
-    card = {
-        "trained": joint.train,
-        "tasks": [task.name for task in job.tasks.held_in],
-        "router": {"kind": cfg.router.kind, "top_k": cfg.router.top_k},
-        "seed": cfg.seed,
-        "steps": found.step,
-        "batch_size": recipe.batch_size,
-        "learning_rate": recipes["experts"].learning_rate,
-        "gate_learning_rate": recipes["gates"].learning_rate,
-        "best_step": found.best[0],
-        "validation": [[step, round(loss, 6)] for step, loss in found.validation],
-        "tokens": found.tokens,
-        "ranks": job.ranks.world,
-        "zero_stage": cfg.zero_stage,
-        "expert_parallel": parallel,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-    return best, card
 
 
-def _owned(context: Any) -> list[int]:
-    dispatch = context.dispatch
-    return list(dispatch.placement.owned(dispatch.mesh.expert_rank))
+def _multitask(job: Job) -> None:
+    if joint_multitask.check_pool(job):
+        if job.ranks.is_main:
+            log.info("the pool has the expert %r already", joint_multitask.NAME)
+        return
+    job.create_pool()
+    trained = joint_multitask.install_fresh(job)
+    model = job.frozen.model
+    try:
+        extras = RouterExtras(job.cfg.joint, job.cfg.seed, 1, len(trained.context.banks))
+        result = _train(job, trained, extras, partial(joint_multitask.scope, model), lambda rows: None)
+    finally:
+        detach(model)
+    if result is None:
+        raise GliderError("no step was better than the base alone; nothing was written: lower the learning rate")
+    weights = result.weights[joint_multitask.NAME]
+    job.ranks.on_main(lambda: joint_multitask.store(job, weights, result.card))
+    job.ranks.on_main(lambda: forget(job))
 
 
-def _steps(
-    job: Job, loop: JointLoop, train: Union, validation: list[Row], scores: QueryScores
-) -> dict[str, Tensors] | None:
-    """Train and validate; the best validated weights, or None if the first ones were."""
-    recipe = loop.recipes["experts"]
-    best: dict[str, Tensors] | None = None
-    _log_validation(job, loop, loop.validate(validation))
-    bar = progress(total=recipe.steps, desc="steps", enabled=job.ranks.is_main)
+def _train(
+    job: Job, trained: Trained, extras: RouterExtras, scope: Scope, ask: Callable[[list[Row]], None]
+) -> Result | None:
+    """Train and validate. The best validated weights, or None if they were the first."""
+    cfg = job.cfg
+    recipes = recipes_of(cfg)
+    recipe = recipes["experts"]
+    train = Union(job.tasks.held_in, "train", job.collator)
+    validation = Union(job.tasks.held_in, "validation", job.collator, cfg.train.eval_examples).rows()
+    started = time.perf_counter()
+    parallel = cfg.mesh.expert_parallel if job.ranks.world > 1 else 1
+    ensure_group()
+    config = deepspeed_config(cfg, job.ranks.world, recipe.learning_rate, trained.elements)
+    engine = ExpertEngine(trained.experts, trained.gates, parallel, config)
+    packing = packing_for(job.base.device, cfg.train.micro_batch_tokens, cfg.train.micro_batch_size)
+    loop = JointLoop(job.frozen.model, job.collator, engine, trained, scope, recipes, packing, extras)
+    if job.ranks.is_main:
+        mb = {key: value / 1e6 for key, value in engine.local_bytes.items()}
+        log.info("rank 0 keeps %.1f MB of experts and gates, %.1f MB of optimizer", *mb.values())
+    keeper = JointKeeper(job, engine, trained, loop, _facts(job, recipes))
+    best = keeper.restore()
+    done = loop.progress.step
+    bar = progress(total=recipe.steps, initial=done, desc="steps", enabled=job.ranks.is_main)
 
     def after(step: Step) -> bool:
         nonlocal best
@@ -189,40 +185,93 @@ def _steps(
         rates = {f"learning_rate/{kind}": rate for kind, rate in step.rates.items()}
         job.run.log({f"joint/{key}": value for key, value in {**values, **rates}.items()}, step.number)
         if step.number % recipe.eval_every == 0 or step.number == recipe.steps:
-            _log_validation(job, loop, loop.validate(validation))
+            _tell(job, loop, loop.validate(validation))
             if loop.progress.best[0] == step.number:
-                best = gather_state(loop.engine, loop.trained, moments=False)
-        return False
+                best = gather_state(engine, trained, moments=False)
+        job.run.progress("steps", step.number, recipe.steps)
+        return keeper.after_step(best)
 
-    loop.run(train.steps(job.cfg.seed, recipe.batch_size, recipe.steps), after, scores.ask)
+    with (
+        closing(keeper),
+        recomputed(job.frozen.model) if cfg.train.gradient_checkpointing else nullcontext(),
+    ):
+        if not loop.progress.validation:
+            _tell(job, loop, loop.validate(validation))
+        loop.run(islice(train.steps(cfg.seed, recipe.batch_size, recipe.steps), done, None), after, ask)
     bar.close()
-    return best
+    job.stop.agree(keeper.stopped and loop.progress.step < recipe.steps)
+    if best is None:
+        return None
+    found = loop.progress
+    card = {
+        "trained": "multitask" if cfg.joint.multitask else cfg.joint.train,
+        "tasks": [task.name for task in job.tasks.held_in],
+        "router": {"kind": cfg.router.kind, "top_k": cfg.router.top_k},
+        "seed": cfg.seed,
+        "steps": found.step,
+        "batch_size": recipe.batch_size,
+        "learning_rate": recipe.learning_rate,
+        "gate_learning_rate": recipes["gates"].learning_rate,
+        "best_step": found.best[0],
+        "validation_loss": round(found.best[1], 6),
+        "validation": [[step, round(loss, 6)] for step, loss in found.validation],
+        "tokens": found.tokens,
+        "ranks": job.ranks.world,
+        "zero_stage": cfg.zero_stage,
+        "expert_parallel": parallel,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    return Result(best, card)
 
 
-def _log_validation(job: Job, loop: JointLoop, loss: float) -> None:
+def _facts(job: Job, recipes: dict[str, Recipe]) -> Facts:
+    """What the training depends on, apart from the ranks and how they share it."""
+    cfg = job.cfg
+    facts = {
+        f"{what} ({task.name})": value for task in job.tasks.held_in for what, value in task_facts(task).items()
+    }
+    for kind, recipe in recipes.items():
+        facts |= {f"{key} of the recipe of {kind}": str(value) for key, value in asdict(recipe).items()}
+    for group, settings in (("joint", cfg.joint), ("router", cfg.router)):
+        facts |= {f"{group}.{key}": str(value) for key, value in asdict(settings).items()}
+    facts["tasks.max_length"] = str(cfg.tasks.max_length)
+    if not cfg.joint.multitask:
+        pool = job.open_pool(check_base=False)
+        facts |= {
+            "the pool": _digest(pool),
+            "the pool's calibration": str(calibrate.calibration_of(pool).get("key")),
+        }
+    return facts
+
+
+def _tell(job: Job, loop: JointLoop, loss: float) -> None:
     step = loop.progress.step
     job.run.log({"joint/validation_loss": loss}, step)
     if job.ranks.is_main:
         log.info("validation after %d steps: %.4f nats per target token", step, loss)
 
 
-def _write(job: Job, pool: ExpertPool, weights: dict[str, Tensors], card: dict[str, Any]) -> None:
-    """Each expert by the first rank that owns it; then rank 0 moves all of them into place."""
+def _store(job: Job, pool: ExpertPool, result: Result, note: Callable[[], None]) -> None:
+    """Each expert is written by the first rank that owns it; when all are there, rank 0 calls ``note`` and moves
+    them into place."""
     mesh = job.mesh
     first = mesh is None or mesh.rank == mesh.replica_ranks[0]
-    problem = ""
-    try:
-        for name, tensors in weights.items() if first else ():
-            write_version(pool, name, tensors, card)
-    except (GliderError, OSError) as error:
-        problem = f"the new version of an expert could not be written ({error}); the pool is as it was"
-    told = job.ranks.gather((problem, list(weights)))
-    if problem := next((text for text, _ in told if text), ""):
-        raise GliderError(problem)
-    names = sorted({name for _, part in told for name in part})
+
+    def write() -> None:
+        for name, tensors in result.weights.items() if first else ():
+            try:
+                write_version(pool, name, tensors, result.card)
+            except OSError as error:
+                raise GliderError(
+                    f"the new version of expert {name!r} cannot be written ({error}); the pool is as it was"
+                ) from None
+
+    job.ranks.together(write)
+    names = sorted({name for part in job.ranks.gather(list(result.weights)) for name in part})
 
     def swap() -> None:
         complete(pool, names)
+        note()
         move_into_place(pool)
         log.info("%d experts have new versions in %s", len(names), pool.path)
 
@@ -230,7 +279,8 @@ def _write(job: Job, pool: ExpertPool, weights: dict[str, Tensors], card: dict[s
 
 
 def ensure_group() -> None:
-    """DeepSpeed wants a process group even around a single process."""
+    """DeepSpeed wants a process group, and a rank from the launcher, even around a single process."""
+    os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
@@ -238,9 +288,8 @@ def ensure_group() -> None:
 def _key(job: Job) -> str:
     """Everything the trained weights depend on, apart from the pool."""
     cfg = job.cfg
-    parts = [queries_digest(job.tasks.held_in, part, 1 << 60) for part in ("train", "validation")]
     state = {
-        "data": parts,
+        "data": [queries_digest(job.tasks.held_in, part, 1 << 60) for part in ("train", "validation")],
         "joint": asdict(cfg.joint),
         "train": asdict(cfg.train),
         "router": asdict(cfg.router),
@@ -250,6 +299,8 @@ def _key(job: Job) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _pool_hash(pool: ExpertPool) -> str:
-    files = {expert.name: expert.card().get("files", {}) for expert in pool.experts()}
+def _digest(pool: ExpertPool, newer: ExpertPool | None = None) -> str:
+    """Of the experts' files; of those in ``newer`` the files there."""
+    versions = {expert.name: expert for source in (pool, newer) if source for expert in source.experts()}
+    files = {name: versions[name].card().get("files", {}) for name in pool.names}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

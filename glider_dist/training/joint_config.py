@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.pool.files import read_json
 from glider_dist.training.adamw import BETAS, EPS
+from glider_dist.training.trainee import Recipe
 
 _MOST_IN_A_BUCKET = 50_000_000
 # Left to the user where they are given; everything else must be what the job says.
@@ -26,9 +28,8 @@ def deepspeed_config(cfg: Config, world: int, learning_rate: float, elements: in
         elements: trained numbers on this rank; buckets are no larger.
 
     Raises:
-        GliderError: the combination is known to be wrong, or the file of ``joint.deepspeed`` contradicts the job.
+        GliderError: the file of ``joint.deepspeed`` contradicts the job.
     """
-    check_combination(cfg)
     bucket = max(1, min(elements, _MOST_IN_A_BUCKET))
     made: dict[str, Any] = {
         "train_batch_size": world,
@@ -70,13 +71,41 @@ def deepspeed_config(cfg: Config, world: int, learning_rate: float, elements: in
     return _filled(given, made, str(path), "")
 
 
-def check_combination(cfg: Config) -> None:
-    """Raises GliderError for what DeepSpeed is known to compute wrongly."""
+def check_joint(cfg: Config) -> None:
+    """Raises GliderError for settings that cannot be trained with; before anything is read."""
     if cfg.zero_stage == 0 and cfg.mesh.expert_parallel > 1 and cfg.train.max_grad_norm:
         raise GliderError(
             "zero_stage=0 clips wrongly with mesh.expert_parallel above 1 (DeepSpeed issue 8475); "
             "use zero_stage=1, 2 or 3, or train.max_grad_norm=0"
         )
+    trainable = cfg.router.kind in ("phatgoose", "global") or (
+        cfg.router.kind == "glider" and cfg.router.local == "gate"
+    )
+    if not trainable:
+        kind = f"{cfg.router.kind} with router.local={cfg.router.local}"
+        raise GliderError(
+            f"train-joint cannot train through router.kind={kind}: its scores would have to follow the experts; "
+            "use glider, phatgoose or global"
+        )
+    if cfg.dispatch == "local" and cfg.mesh.expert_parallel > 1:
+        raise GliderError(
+            "dispatch=local cannot train experts that other ranks own; use auto, all_to_all or gather"
+        )
+
+
+def recipes_of(cfg: Config) -> dict[str, Recipe]:
+    """Of experts and gates: their learning rates differ."""
+    joint = cfg.joint
+    rates = {
+        "experts": joint.learning_rate or cfg.train.learning_rate,
+        "gates": joint.gate_learning_rate or cfg.train.gate_learning_rate,
+    }
+    base = replace(
+        Recipe.of(cfg.train, cfg.seed),
+        steps=joint.steps or cfg.train.max_steps,
+        batch_size=joint.batch_size or cfg.train.batch_size,
+    )
+    return {kind: replace(base, learning_rate=rate) for kind, rate in rates.items()}
 
 
 def _filled(given: dict[str, Any], made: dict[str, Any], path: str, prefix: str) -> dict[str, Any]:

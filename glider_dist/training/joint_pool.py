@@ -19,7 +19,7 @@ from glider_dist.errors import GliderError
 from glider_dist.pool import Expert, ExpertPool
 from glider_dist.pool.adapter import GATE_FILE, WEIGHTS_FILE, inspect_adapter
 from glider_dist.pool.adapter_config import CONFIG_FILE
-from glider_dist.pool.files import read_json, sync_folder, write_json, write_tensors
+from glider_dist.pool.files import clear_up, read_json, sync_folder, write_json, write_tensors
 
 STAGING = ".joint"
 _COMPLETE = "complete.json"
@@ -84,14 +84,13 @@ def move_into_place(pool: ExpertPool) -> bool:
     staging, experts = pool.path / STAGING, pool.path / "experts"
     there = (staging / _COMPLETE).exists()
     for name in read_json(staging / _COMPLETE)["experts"] if there else []:
-        new, current, old = staging / "experts" / name, experts / name, experts / f".{name}.joint.old"
+        new, current = staging / "experts" / name, experts / name
         if new.exists():
             if current.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.rename(current, old)
+                os.rename(current, experts / f".{name}.{os.getpid()}.old")
             os.rename(new, current)
             sync_folder(experts)
-        shutil.rmtree(old, ignore_errors=True)
+        clear_up(current)
     shutil.rmtree(staging, ignore_errors=True)
     pool.__dict__.pop("names", None)
     return there

@@ -29,4 +29,7 @@ class JointConfig:
     deepspeed: str | None = setting(
         None, "DeepSpeed's JSON file; None: launch_configs/deepspeed says what is used"
     )
+    prepare: bool = setting(
+        False, "first run what the pool lacks: train-experts, train-gates, describe, index and calibrate"
+    )
     recalibrate: bool = setting(True, "calibrate again afterwards if the pool had a calibration")

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,9 +133,8 @@ class Unfinished:
                     before = self.files.record(name, step).get("facts", {})
                 except Damaged:
                     continue
-                changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
-                if changed:
-                    raise GliderError(_changed(name, step, changed[0], before, now, self.files))
+                if said := what_changed(repr(name), step, before, now, self.files.folder / name):
+                    raise GliderError(said)
                 break
 
     def choose(self, slots: int) -> dict[str, tuple[int, int | None]]:
@@ -190,11 +190,15 @@ class Unfinished:
         log.info("%s goes on after step %d", trainee.name, trainee.progress.step)
 
 
-def _changed(name: str, step: int, what: str, before: Facts, now: Facts, files: Checkpoints) -> str:
-    values = before.get(what, "nothing"), now.get(what, "nothing")
+def what_changed(whose: str, step: int, before: Facts, now: Facts, folder: Path) -> str:
+    """A sentence about the first fact that differs between a checkpoint and now, or ""."""
+    changed = [key for key in {**now, **before} if now.get(key) != before.get(key)]
+    if not changed:
+        return ""
+    values = before.get(changed[0], "nothing"), now.get(changed[0], "nothing")
     # Digests say nothing to a reader.
     how = f" from {values[0]} to {values[1]}" if max(map(len, values)) < 40 else ""
     return (
-        f"{what} changed{how} since the checkpoint of {name!r} at step {step}; change it back to go on, "
-        f"or delete {files.folder / name} to start this expert anew"
+        f"{changed[0]} changed{how} since the checkpoint of {whose} at step {step}; change it back to go on, "
+        f"or delete {folder} to start it anew"
     )

@@ -1,0 +1,175 @@
+"""Joint training kept on disk: a file for each expert and one for what the job shares, which any world can read.
+
+    run_dir/checkpoints/joint/experts/NAME/    weights, moments and best weights of an expert (``joint_state``)
+    run_dir/checkpoints/joint/job/             progress and the routers' loads
+
+The data order follows from the seed and what is drawn at random from seed and step, so the step says it all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from glider_dist.errors import GliderError
+from glider_dist.job import Job
+from glider_dist.pool.files import remove_folder
+from glider_dist.training.background import Background
+from glider_dist.training.checkpoint import Checkpoints, Damaged
+from glider_dist.training.deepspeed_moe import ExpertEngine
+from glider_dist.training.joint_loop import JointLoop, Progress
+from glider_dist.training.joint_params import Trained
+from glider_dist.training.joint_state import Tensors, gather_state, load_state
+from glider_dist.training.prepare import checkpoint_folder
+from glider_dist.training.unfinished import Facts, what_changed
+
+log = logging.getLogger(__name__)
+_BEST, _JOB = "best/", "job"
+
+
+class JointKeeper:
+    """Saves and restores one joint training. All ranks make it and call it together.
+
+    Args:
+        facts: what the training depends on, and the world not.
+    """
+
+    def __init__(self, job: Job, engine: ExpertEngine, trained: Trained, loop: JointLoop, facts: Facts):
+        train = job.cfg.train
+        self.job, self.engine, self.trained, self.loop, self.facts = job, engine, trained, loop, facts
+        folder = checkpoint_folder(job, "joint")
+        # The ranks write side by side: while one deletes its oldest file another may still need it.
+        keep = max(2, train.keep_last)
+        self.shared, self.experts = Checkpoints(folder, keep), Checkpoints(folder / "experts", keep)
+        self.background = Background()
+        self.stopped = False
+        self._steps, self._seconds = train.save_steps, 60 * train.save_minutes
+        self._last = (0, time.monotonic())
+
+    def restore(self) -> dict[str, Tensors] | None:
+        """Go on after the newest step of which all files are good, if there is any.
+
+        Returns:
+            The best weights so far of the experts that this rank owns, or None.
+
+        Raises:
+            GliderError: on all ranks, if what the training depends on has changed.
+        """
+        step = self.job.ranks.together(self._newest)
+        if not step:
+            return None
+        shared = self.shared.read(_JOB, step)
+        self.job.ranks.on_main(lambda: self._check(step, shared.record["facts"]))
+        own = {self.trained.names[expert] for expert in self.trained.own}
+        kept = {name: self.experts.read(name, step).tensors for name in own}
+        # Of the others' experts every rank needs the gates; their owners have checked the files.
+        rest = [self.trained.names[expert] for expert in self.trained.chosen]
+        kept |= {name: self.experts.some(name, step, _is_gate) for name in rest if name not in own}
+        load_state(self.engine, self.trained, kept.__getitem__)
+        self.engine.steps = int(shared.record["updates"])
+        progress = dict(shared.record["progress"])
+        progress["validation"] = [(at, loss) for at, loss in progress["validation"]]
+        self.loop.progress = Progress(**progress)
+        self.loop.extras.loads = shared.tensors
+        self._last = (step, time.monotonic())
+        if self.job.ranks.is_main:
+            log.info("joint training goes on after step %d", step)
+        best = {name: _with_prefix(kept[name], _BEST) for name in own}
+        return best if shared.record["best"] else None
+
+    def _newest(self) -> int:
+        """The same on all ranks: each looks at the files of its own experts."""
+        names = [self.trained.names[expert] for expert in self.trained.own]
+        good = set(self.shared.steps(_JOB))
+        problems = []
+        for files, name in [(self.shared, _JOB), *((self.experts, name) for name in names)]:
+            for step in sorted(good):
+                try:
+                    if step not in files.steps(name):
+                        good.discard(step)
+                    else:
+                        files.read(name, step)
+                except Damaged as error:
+                    good.discard(step)
+                    problems.append(str(error))
+        found = self.job.ranks.gather((good, problems))
+        common = set.intersection(*(part[0] for part in found))
+        for problem in sorted({text for part in found for text in part[1]}):
+            older = f"step {max(common)} is used" if common else "the training starts anew"
+            if self.job.ranks.is_main:
+                log.warning("%s; %s", problem, older)
+        return max(common, default=0)
+
+    def _check(self, step: int, before: Facts) -> None:
+        if said := what_changed("joint training", step, before, self.facts, self.shared.folder):
+            raise GliderError(said)
+
+    def after_step(self, best: Mapping[str, Tensors] | None) -> bool:
+        """Save if it is time; returns whether the job stops, with everything saved. A collective.
+
+        Raises:
+            GliderError: on all ranks, if one of them could not write.
+        """
+        step = self.loop.progress.step
+        late = time.monotonic() - self._last[1] >= self._seconds
+        # One small all-reduce a step: clocks and signals differ between ranks.
+        wish = self.job.ranks.largest(2 if self.job.stop.wished else int(late))
+        self.stopped = wish == 2
+        if self.stopped or wish or step - self._last[0] >= self._steps:
+            self.save(best)
+        if self.stopped:
+            self.wait()
+        return self.stopped
+
+    def save(self, best: Mapping[str, Tensors] | None) -> None:
+        """Copy the state, and write it in the background."""
+        # Until all have the last one whole, none may delete the one before it.
+        self.wait()
+        step = self.loop.progress.step
+        state = gather_state(self.engine, self.trained)
+        mesh = self.job.mesh
+        writes: list[Callable[[], Any]] = []
+        if mesh is None or mesh.rank == mesh.replica_ranks[0]:
+            for name, tensors in state.items():
+                more = {f"{_BEST}{key}": value for key, value in (best or {}).get(name, {}).items()}
+                writes.append(partial(self.experts.write, name, step, {**tensors, **more}, {"step": step}))
+        if self.job.ranks.is_main:
+            loads = {site: load.detach().to("cpu", copy=True) for site, load in self.loop.extras.loads.items()}
+            progress = dataclasses.asdict(self.loop.progress)
+            record = {
+                "facts": self.facts,
+                "progress": {**progress, "validation": list(progress["validation"])},
+                "updates": self.engine.steps,
+                "best": best is not None,
+            }
+            writes.append(partial(self.shared.write, _JOB, step, loads, record))
+        self.background.submit(*writes)
+        self._last = (step, time.monotonic())
+
+    def wait(self) -> None:
+        """Until all ranks have written; raises on all of them what failed on any."""
+        self.job.ranks.together(self.background.wait)
+
+    def close(self) -> None:
+        """End the thread; what is under way is written first."""
+        self.background.close()
+
+
+def forget(job: Job) -> None:
+    """Delete what is kept of a training whose result is in the pool."""
+    if (folder := checkpoint_folder(job, "joint")).exists():
+        remove_folder(folder)
+
+
+def _is_gate(key: str) -> bool:
+    return not key.startswith(_BEST) and ".gate" in key
+
+
+def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

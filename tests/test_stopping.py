@@ -1,0 +1,188 @@
+"""A wish to stop, by a signal to any rank or a time limit: all is kept, code 85, and the next start goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import rank_checkpoints as work
+from small_jobs import (
+    HELD_IN,
+    adapters,
+    command,
+    cores,
+    describe_and_index,
+    finish,
+    free_port,
+    kill,
+    largest_difference,
+    program,
+    settings,
+    start,
+    write_tasks,
+)
+
+from glider_dist.errors import EXIT_STOPPED, Stopped
+from glider_dist.parallel.stopping import StopWish
+from glider_dist.pool import ExpertPool
+from glider_dist.pool.files import read_json
+from glider_dist.testing import LocalRanks, random_pool, save_tiny_base, tiny_causal
+
+LONG: dict[str, Any] = {"train__max_steps": 40, "train__eval_every": 20, "train__save_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_base(tmp_path_factory.mktemp("base"), tiny_causal())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[str, Any]:
+    """The experts of an uninterrupted job."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_tasks(folder / "tasks")
+    with cores(1):
+        assert command("train-experts", *settings(folder, base=base, **LONG)).code == 0
+    return adapters(folder / "pool")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_tasks(tmp_path / "tasks")
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_is_a_wish_and_afterwards_means_what_it_did_before(number):
+    before = signal.getsignal(number)
+    stop = StopWish()
+    with stop.watching():
+        assert not stop.wished
+        os.kill(os.getpid(), number)
+        assert stop.wished
+        stop.agree(False)  # all was done anyway
+        with pytest.raises(Stopped, match=number.name):
+            stop.agree(True)
+    assert signal.getsignal(number) == before
+
+
+def test_the_time_limit_is_a_wish():
+    stop = StopWish(max_minutes=0.1 / 60)
+    assert not stop.wished
+    time.sleep(0.15)
+    assert stop.wished
+    with pytest.raises(Stopped, match="max_minutes"):
+        stop.agree(True)
+
+
+def starts_until_done(stage: str, words: list[str]) -> int:
+    """Start a stage again until it is done; every start but the last ends with the code of a stop."""
+    for starts in range(1, 200):
+        with cores(1):
+            outcome = command(stage, *words)
+        if outcome.code == 0:
+            return starts
+        assert outcome.code == EXIT_STOPPED, outcome.err
+        assert "stopped (max_minutes=1e-09 have passed)" in outcome.err
+    raise AssertionError("never done")
+
+
+def test_a_job_that_may_take_one_step_a_start_ends_with_the_same_experts_and_gates(folder, base, whole):
+    short: dict[str, Any] = {"base": base, "train__max_steps": 6, "train__eval_every": 4}
+    assert starts_until_done("train-experts", settings(folder, max_minutes=1e-9, **short)) == 6
+    assert starts_until_done("train-gates", settings(folder, max_minutes=1e-9, **short)) == 4
+    other = {**short, "pool": folder / "other", "run_dir": folder / "run2"}
+    for stage in ("train-experts", "train-gates"):
+        with cores(1):
+            assert command(stage, *settings(folder, **other)).code == 0
+    assert largest_difference(adapters(folder / "pool"), adapters(folder / "other")) == 0.0
+    assert not list((folder / "run" / "checkpoints").rglob("*.*"))
+
+
+def test_an_evaluation_that_may_take_one_batch_a_start_gives_the_same_rows(folder, base):
+    pool = random_pool(folder / "pool", tiny_causal(), experts=HELD_IN)
+    describe_and_index(pool)
+    words: dict[str, Any] = {"base": base, "evaluate__routers": "[base,phatgoose]", "evaluate__batch_size": 6}
+    # 16 queries: three batches, and the last of a row does not count as broken off.
+    starts = starts_until_done("evaluate", settings(folder, max_minutes=1e-9, **words))
+    assert 4 <= starts <= 6
+    with cores(1):
+        assert command("evaluate", *settings(folder, **{**words, "run_dir": folder / "run2"})).code == 0
+
+    def answers(run: str, kind: str) -> Any:
+        row = read_json(folder / run / "rows" / f"{kind}.json")
+        return row["result"]["queries"], row["routing"]["tokens_per_expert"]
+
+    for kind in ("base", "phatgoose"):
+        assert answers("run", kind) == answers("run2", kind)
+    assert list((folder / "run" / "rows" / "partial").iterdir()) == []
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_a_signal_to_one_rank_stops_all_of_them_and_they_go_on(
+    zero_stage: int, folder: Path, base: Path, whole: Any, local_ranks: Callable[[int], LocalRanks]
+) -> None:
+    words = settings(folder, base=base, zero_stage=zero_stage, **LONG)
+    found = local_ranks(2).run(work.stage, "train-experts", words, 12, 1, signal.SIGUSR1)
+    assert found == ["stopped: SIGUSR1"] * 2
+    assert ExpertPool.open(folder / "pool").names == ()
+    kept = {path.name: sorted(path.glob("step-*")) for path in (folder / "run/checkpoints/expert").iterdir()}
+    assert all(kept[name] for name in HELD_IN)
+    assert local_ranks(2).run(work.stage, "train-experts", words) == ["done"] * 2
+    assert largest_difference(whole, adapters(folder / "pool")) <= (1e-3 if zero_stage else 0.0)
+
+
+@pytest.mark.distributed
+def test_the_code_85_comes_through_the_deepspeed_launcher(folder: Path, base: Path) -> None:
+    words = settings(folder, base=base, **{**LONG, "train__max_steps": 4000})
+    launcher = [program("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    with cores(2):
+        process = start([*launcher, "--module", "glider_dist", "train-experts", *words], folder)
+    try:
+        deadline = time.monotonic() + 180
+        while not list((folder / "run" / "checkpoints").glob("expert/*/step-*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "--local_rank=1" in child.cmdline()
+        ]
+        assert len(ranks) == 1
+        ranks[0].send_signal(signal.SIGTERM)
+        outcome = finish(process)
+    finally:
+        if process.poll() is None:
+            kill(process)
+    assert outcome.code == EXIT_STOPPED, outcome.err
+    assert outcome.err.count("stopped (SIGTERM); the same command goes on") == 1
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_signal_to_the_quickstart_stops_its_ranks(folder: Path, base: Path) -> None:
+    (folder / "job.yaml").write_text("seed: 0\n")
+    words = settings(folder, base=base, **{**LONG, "train__max_steps": 4000})
+    with cores(2):
+        process = start(
+            [sys.executable, "-m", "glider_dist", "quickstart", "job.yaml", "--ranks", "2", *words], folder
+        )
+    deadline = time.monotonic() + 180
+    while not list((folder / "run" / "checkpoints").glob("expert/*/step-*")):
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR2)
+    outcome = finish(process)
+    assert outcome.code == EXIT_STOPPED, outcome.err
+    assert not list((folder / "run").glob(".stop*"))
