@@ -58,12 +58,21 @@ def target_of(name: str, *words: str, ranks: int | None = None) -> Target:
 def test_every_configuration_for_a_large_pool_passes_at_its_world_size(name: str) -> None:
     outcome = command("plan", str(CONFIGS / f"{name}.yaml"))
     assert outcome.code == 0, outcome.err
-    assert f"ranks:   {WORLDS[name]} on {WORLDS[name] // 8} nodes: " in outcome.out
+    assert f"ranks:   {WORLDS[name]} on {WORLDS[name] // 8} node" in outcome.out
     rows = {line[:48].strip(): line[48:].split() for line in outcome.out.splitlines()}
     stages = read_config(CONFIGS / f"{name}.yaml", []).plan.stages
     total = next(value for key, value in rows.items() if key.startswith("total, GB"))
     assert len(total) == len(stages)
     assert all(float(value) <= 80 for value in total)
+
+
+@pytest.mark.parametrize(("gpu", "holds"), [(80, False), (192, True)])
+def test_a_sharded_base_is_told_to_be_loaded_whole_first(gpu: int, holds: bool) -> None:
+    file = str(CONFIGS / "llama70b_1024.yaml")
+    outcome = command("plan", file, "plan.stages=[train-gates]", f"plan.device_gb={gpu}", "--ranks", "128")
+    note = outcome.out.splitlines()[-1]
+    assert note.startswith("note: the whole base (141 GB) is loaded on every device")
+    assert ("do not hold" in note) is not holds
 
 
 def test_t5_xl_has_the_published_sites_and_sizes() -> None:
@@ -190,9 +199,8 @@ def test_a_few_blocks_tell_what_all_of_them_take(make: Any) -> None:
 
     def run() -> Measured:
         depths.append(len(linear_sites(base.model)))
-        handle_kept = 0
         trace = step_of(base, False)
-        return Measured(trace.peak, handle_kept, trace.flops)
+        return Measured(trace.peak, 0, trace.flops)
 
     whole = run()
 

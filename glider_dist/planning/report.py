@@ -18,12 +18,14 @@ class StagePlan:
     Attributes:
         counts: batch arithmetic: experts, examples, forwards.
         memory: bytes on the rank that needs most, by what needs them.
+        host: bytes of the rank's process in the node's memory, likewise; the base's files are not counted.
         estimates: traffic and time, from the figures under ``plan`` of the configuration.
     """
 
     stage: str
     counts: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
     estimates: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -63,6 +65,7 @@ def stages_table(plans: Sequence[StagePlan]) -> str:
         ("", [plan.counts for plan in plans]),
         ("GB per rank", [{k: gigabytes(v) for k, v in plan.memory.items()} for plan in plans]),
         ("", [{"total, GB": gigabytes(plan.total)} for plan in plans]),
+        ("host GB per rank", [{k: gigabytes(v) for k, v in plan.host.items()} for plan in plans]),
         ("estimated", [plan.estimates for plan in plans]),
     ]
     rows = []

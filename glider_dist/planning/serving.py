@@ -83,6 +83,10 @@ def _plan(
         "activations, logits, keys and values": batch.peak,
         "reserve (estimated)": target.reserve,
     }
+    plan.host = {
+        "experts and gates while they load": target.most_owned * one + sum(gate.nbytes for gate in gates),
+        "index of descriptions": target.index_bytes(),
+    }
     gathered, gathering = sharded_traffic(target, backward=False)
     time = max(compute_seconds(target, batch.flops), gathering)
     plan.estimates = {

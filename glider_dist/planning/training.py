@@ -51,12 +51,13 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
         "forwards a step": f"{len(micros)} of {len(largest.items)} x {cfg.tasks.max_length}",
     }
     plan.memory = {
-        **target.base_bytes(training=True),
+        **target.base_bytes(),
         "experts, gates, their gradients": count * slots.bytes_per_expert,
         "AdamW moments": count * optimizer.bytes_per_expert,
         "activations, logits": step.peak,
         "reserve (estimated)": target.reserve,
     }
+    plan.host = {"best weights so far": count * slots.weights.nbytes // len(slots.names)}
     one = compute_seconds(target, step.flops)
     moved, moving = sharded_traffic(target, backward=True)
     turn = len(micros) * max(one, moving)
