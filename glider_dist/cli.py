@@ -118,7 +118,7 @@ COMMANDS = {
     ),
 }
 
-USAGE = """usage: glider-dist COMMAND [CONFIG.yaml] [key=value ...] [--help]
+USAGE = """usage: glider-dist COMMAND [CONFIG.yaml] [key=value ...] [--dry-run [--ranks N]] [--help]
        deepspeed --num_gpus N --module glider_dist COMMAND [CONFIG.yaml] [key=value ...]
 """
 

@@ -29,8 +29,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CryptoType=crypto/munge
-# A requeued job waits until its credential has expired, 120 s by default.
-AuthInfo=socket={folder}/munge/socket,cred_expire=4
+# A requeued job waits until its credential has expired: 120 s by default, and for values below 5.
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -50,6 +50,8 @@ DefMemPerCPU=64
 PriorityType=priority/basic
 JobRequeue=1
 KillWait=5
+# A step whose srun is gone with its node holds on for 60 s; a shorter limit would drain the nodes that are left.
+UnkillableStepTimeout=120
 MinJobAge=3600
 InactiveLimit=0
 SlurmdTimeout=10
@@ -236,6 +238,10 @@ class Cluster:
         """What ``scontrol`` says of a job (of the last member of an array), by field."""
         lines = self.run("scontrol", "-o", "show", "job", job).stdout.strip().splitlines()
         return dict(word.split("=", 1) for word in lines[-1].split() if "=" in word)
+
+    def hosts(self, job: str) -> list[str]:
+        """The nodes of a job that runs or has run."""
+        return self.run("scontrol", "show", "hostnames", self.show(job)["NodeList"]).stdout.split()
 
     def job_states(self, job: str) -> list[str]:
         """States of a job or of an array's members."""

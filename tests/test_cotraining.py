@@ -60,12 +60,16 @@ def check_equal(one: Found, other: Found, tolerance: float) -> None:
             assert float((value - there["tensors"][key]).abs().max()) <= tolerance * scale, (name, key)
 
 
+SLOW = pytest.mark.slow
 RANKS = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="ranks cannot be pinned to cores here")
 
 
 @pytest.mark.distributed
 @RANKS
-@pytest.mark.parametrize(("world", "zero_stage"), [(1, 0), (2, 0), (3, 0), (2, 3), (3, 3)])
+@pytest.mark.parametrize(
+    ("world", "zero_stage"),
+    [(1, 0), (2, 0), (3, 3), *(pytest.param(*way, marks=SLOW) for way in ((3, 0), (2, 3)))],
+)
 def test_six_unequal_tasks_together_are_each_trained_as_if_alone(world, zero_stage, separate, tmp_path):
     found = together(tmp_path, world, zero_stage, "float64")
     for kind in worker.KINDS:
@@ -75,7 +79,7 @@ def test_six_unequal_tasks_together_are_each_trained_as_if_alone(world, zero_sta
 
 @pytest.mark.distributed
 @RANKS
-@pytest.mark.parametrize(("world", "zero_stage"), [(2, 0), (3, 3)])
+@pytest.mark.parametrize(("world", "zero_stage"), [(2, 0), pytest.param(3, 3, marks=SLOW)])
 def test_in_fp32_only_rounding_differs(world, zero_stage, separate, tmp_path):
     found = together(tmp_path, world, zero_stage, "float32")
     for kind in worker.KINDS:

@@ -221,3 +221,16 @@ def test_what_a_pool_lacks_is_made_first_if_asked_for(tmp_path: Path, base: Path
     assert pool.names == tuple(sorted(HELD_IN))
     assert all(expert.card()["joint"] for expert in pool.experts())
     assert describe.descriptions_of(pool).keys() == set(HELD_IN)
+    there = snapshot(folder / "pool")
+    with cores(1):
+        outcome = command("train-joint", *words)
+    assert "done already" in outcome.err
+    assert snapshot(folder / "pool") == there
+
+
+def test_a_job_that_is_to_stop_leaves_the_pool_as_it_was(job: Job):
+    before = snapshot(job.path)
+    with cores(1):
+        outcome = command("train-joint", *job.words(joint__steps=100000, max_minutes=0.05))
+    assert outcome.code == 85, outcome.err
+    assert snapshot(job.path) == before

@@ -63,8 +63,8 @@ def gone(pid: int, seconds: float = 30.0) -> bool:
 @pytest.mark.parametrize(
     ("how", "number"),
     [
-        ("return", None),
-        ("raise", None),
+        pytest.param("return", None, marks=pytest.mark.slow),
+        pytest.param("raise", None, marks=pytest.mark.slow),
         pytest.param("exit", None, marks=pytest.mark.slow),
         pytest.param("close", signal.SIGKILL, marks=pytest.mark.slow),
         ("wait", signal.SIGKILL),

@@ -195,14 +195,16 @@ def test_a_member_of_an_array_is_queued_again_alone(work: Work) -> None:
     assert adapters(work.folder / "pool").keys() == set(HELD_IN)
 
 
-def test_a_node_that_dies_costs_the_job_a_restart_on_the_others(work: Work, uninterrupted: Path) -> None:
+@pytest.mark.parametrize("of", ["a rank", pytest.param("the batch script", marks=pytest.mark.slow)])
+def test_a_node_that_dies_costs_the_job_a_restart_on_the_others(work: Work, uninterrupted: Path, of: str) -> None:
     job = work.submit("nodes=2", "stages=[train-experts]", **LONG)["train-experts"]
     work.until_in_the_middle(job, "train-experts")
-    lost = work.slurm.show(job)["BatchHost"]
+    first = work.slurm.show(job)["BatchHost"]
+    lost = first if of == "the batch script" else work.slurm.hosts(job)[1]
     work.slurm.crash(lost)
     try:
         done(work, job)
-        assert lost not in work.slurm.run("scontrol", "show", "hostnames", work.slurm.show(job)["NodeList"]).stdout
+        assert lost not in work.slurm.hosts(job)
         assert largest_difference(adapters(uninterrupted), adapters(work.folder / "pool")) == 0.0
     finally:
         work.slurm.boot(lost)

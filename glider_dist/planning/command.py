@@ -8,7 +8,7 @@ from collections.abc import Callable
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.planning.joint import plan_joint
-from glider_dist.planning.report import StagePlan, stages_table
+from glider_dist.planning.report import GB, StagePlan, gigabytes, stages_table
 from glider_dist.planning.serving import plan_calibrate, plan_evaluate
 from glider_dist.planning.target import Target
 from glider_dist.planning.training import plan_experts, plan_gates
@@ -40,7 +40,17 @@ def run(cfg: Config, command: str, ranks: int | None) -> int:
     target = Target(cfg, ranks)
     plans = [STAGES[stage](target) for stage in stages]
     print(f"{head(target)}\n\n{stages_table(plans)}")
+    if target.sharded:
+        print(f"\n{_loading(target)}")
     return 0
+
+
+def _loading(target: Target) -> str:
+    size, device = target.frozen.nbytes, target.cfg.plan.device_gb
+    told = f"note: the whole base ({gigabytes(size)} GB) is loaded on every device before ZeRO 3 shards it"
+    return (
+        told if size <= device * GB else f"{told}, which {device:g} GB do not hold; the table is of what follows"
+    )
 
 
 def head(target: Target) -> str:
@@ -58,6 +68,6 @@ def head(target: Target) -> str:
             f"base:    {target.cfg.base}, {size / 1e9:.3g} B parameters, {str(target.base.dtype)[6:]}",
             f"experts: {len(target.experts.names)} of rank {rank} at {len(shapes)} sites: "
             f"{lora / 1e6:.1f} M LoRA and {gate / 1e6:.2f} M gate parameters each",
-            f"ranks:   {target.world} on {nodes} nodes: {mesh or 'one process'}{owned}",
+            f"ranks:   {target.world} on {nodes} node{'s' * (nodes > 1)}: {mesh or 'one process'}{owned}",
         )
     )

@@ -15,6 +15,7 @@ from glider_dist.planning.report import StagePlan, seconds
 from glider_dist.planning.serving import add_exchange
 from glider_dist.planning.target import Target
 from glider_dist.planning.traffic import bandwidth, compute_seconds, sharded_traffic
+from glider_dist.planning.training import ways_to_save
 from glider_dist.routing.strategies import check_router
 from glider_dist.training.batches import packing_for
 from glider_dist.training.joint_batches import Row, micro_batches
@@ -64,6 +65,7 @@ def plan_joint(target: Target) -> StagePlan:
         "activations, logits": cost.peak,
         "reserve (estimated)": target.reserve,
     }
+    plan.host = {"index of descriptions": target.index_bytes()}
     moved, moving = sharded_traffic(target, backward=True)
     exchanging = 0.0
     plan.estimates = {
@@ -78,10 +80,10 @@ def plan_joint(target: Target) -> StagePlan:
     plan.estimates["GB of gradients and weights"] = f"{reduced / 1e9:.3g}"
     step = len(micros) * (max(compute_seconds(target, cost.flops), moving) + exchanging) + reducing
     plan.estimates |= {"a step": seconds(step), "the stage": seconds(step * recipe.steps)}
-    advice = "share the experts among more ranks (mesh.expert_parallel), or train fewer at once (joint.experts)"
-    plan.check(
-        cfg.plan.device_gb, advice if gates == 0 else f"{advice}, or the experts alone (joint.train=experts)"
-    )
+    ways = [*ways_to_save(target, len(largest)), "share the experts among more ranks (mesh.expert_parallel)"]
+    if gates:
+        ways.append("train no gates (joint.train=experts)")
+    plan.check(cfg.plan.device_gb, ways)
     return plan
 
 

@@ -25,6 +25,7 @@ class PlanConfig:
         ["train-experts", "train-gates", "calibrate", "evaluate"], "what glider-dist plan looks at, in order"
     )
     answer_tokens: int = positive(64, "tokens of an answer in training; prompts fill the rest of tasks.max_length")
+    embedding_width: int = positive(384, "numbers of an embedding (all-MiniLM-L6-v2: 384)")
     tflops: float = positive(989.0, "peak of a GPU in the base's dtype, TFLOP/s (H100 SXM, dense bfloat16: 989)")
     utilisation: float = positive(0.4, "share of the peak that a step reaches (estimated)")
     memory_gb_s: float = positive(3350.0, "bandwidth of a GPU's memory, GB/s (H100 SXM: 3350)")

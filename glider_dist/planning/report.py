@@ -18,26 +18,32 @@ class StagePlan:
     Attributes:
         counts: batch arithmetic: experts, examples, forwards.
         memory: bytes on the rank that needs most, by what needs them.
+        host: bytes of the rank's process in the node's memory, likewise; the base's files are not counted.
         estimates: traffic and time, from the figures under ``plan`` of the configuration.
     """
 
     stage: str
     counts: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
     estimates: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         return sum(self.memory.values())
 
-    def check(self, device_gb: float, advice: str) -> None:
-        """Raises GliderError, naming what needs most, if the device has less memory than the stage needs."""
+    def check(self, device_gb: float, ways: Sequence[str]) -> None:
+        """Look whether the stage fits; ``ways`` are settings with which it needs less.
+
+        Raises:
+            GliderError: naming what needs most, if the device has less memory than the stage needs.
+        """
         if self.total <= device_gb * GB:
             return
         what, most = max(self.memory.items(), key=lambda item: item[1])
         raise GliderError(
             f"{self.stage} needs {gigabytes(self.total)} GB on a GPU of {device_gb:g} GB (plan.device_gb), "
-            f"most of it, {gigabytes(most)} GB, for {what}; {advice}"
+            f"most of it, {gigabytes(most)} GB, for {what}; {', or '.join(ways)}"
         )
 
 
@@ -59,6 +65,7 @@ def stages_table(plans: Sequence[StagePlan]) -> str:
         ("", [plan.counts for plan in plans]),
         ("GB per rank", [{k: gigabytes(v) for k, v in plan.memory.items()} for plan in plans]),
         ("", [{"total, GB": gigabytes(plan.total)} for plan in plans]),
+        ("host GB per rank", [{k: gigabytes(v) for k, v in plan.host.items()} for plan in plans]),
         ("estimated", [plan.estimates for plan in plans]),
     ]
     rows = []

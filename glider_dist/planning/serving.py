@@ -83,6 +83,10 @@ def _plan(
         "activations, logits, keys and values": batch.peak,
         "reserve (estimated)": target.reserve,
     }
+    plan.host = {
+        "experts and gates while they load": target.most_owned * one + sum(gate.nbytes for gate in gates),
+        "index of descriptions": target.index_bytes(),
+    }
     gathered, gathering = sharded_traffic(target, backward=False)
     time = max(compute_seconds(target, batch.flops), gathering)
     plan.estimates = {
@@ -93,7 +97,7 @@ def _plan(
         plan.memory["experts fetched, kept"] = min(CACHE_BYTES, (total - target.most_owned) * one)
         time += _add_shared(target, plan, router, batch.groups, one)
     plan.estimates["a batch" if forwards == 1 else "a batch to its first tokens"] = seconds(time)
-    plan.check(cfg.plan.device_gb, _advice(target))
+    plan.check(cfg.plan.device_gb, _ways(target))
     return plan
 
 
@@ -132,10 +136,10 @@ def add_exchange(
     return sum(times * min(move.seconds[way] for way in ways) for move, times in moves)
 
 
-def _advice(target: Target) -> str:
+def _ways(target: Target) -> list[str]:
     ways = [f"cut evaluate.batch_size to {max(1, target.cfg.evaluate.batch_size // 2)}"]
     if not target.sharded and target.world > 1:
         ways.append("shard the base (zero_stage=3)")
     if target.expert_parallel < target.world:
         ways.append("share the experts among more ranks (mesh.expert_parallel)")
-    return ", or ".join(ways)
+    return ways

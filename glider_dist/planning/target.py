@@ -86,12 +86,17 @@ class Target:
         """Bytes of the device for what is not counted."""
         return round(self.cfg.plan.reserve_gb * 1e9) if self.device.type == "cuda" else 0
 
-    def base_bytes(self, training: bool = False) -> dict[str, int]:
+    def base_bytes(self) -> dict[str, int]:
         """What the frozen base takes on a rank."""
         model = self.base.model
         if not self.sharded:
             return {"base": self.frozen.nbytes}
         return {"base": shard_bytes(model, self.world), "base, gathered": gathered_bytes(model)}
+
+    def index_bytes(self) -> int:
+        """What the global router's index takes on the host: an fp32 vector per description."""
+        cfg = self.cfg
+        return len(self.experts.names) * cfg.describe.descriptions * cfg.plan.embedding_width * 4
 
     def row(self) -> Encoded:
         """The longest example: the base reads and answers ``tasks.max_length`` tokens."""

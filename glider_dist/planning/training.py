@@ -51,12 +51,13 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
         "forwards a step": f"{len(micros)} of {len(largest.items)} x {cfg.tasks.max_length}",
     }
     plan.memory = {
-        **target.base_bytes(training=True),
+        **target.base_bytes(),
         "experts, gates, their gradients": count * slots.bytes_per_expert,
         "AdamW moments": count * optimizer.bytes_per_expert,
         "activations, logits": step.peak,
         "reserve (estimated)": target.reserve,
     }
+    plan.host = {"best weights so far": count * slots.weights.nbytes // len(slots.names)}
     one = compute_seconds(target, step.flops)
     moved, moving = sharded_traffic(target, backward=True)
     turn = len(micros) * max(one, moving)
@@ -66,7 +67,10 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
         "a step, all at a time": seconds(turn),
         "the stage": seconds(turn * turns),
     }
-    plan.check(cfg.plan.device_gb, _advice(target, count, len(largest.items)))
+    ways = ways_to_save(target, len(largest.items))
+    if count > 1:
+        ways.append(f"train fewer at a time (train.experts_in_flight={count // 2})")
+    plan.check(cfg.plan.device_gb, ways)
     return plan
 
 
@@ -93,7 +97,8 @@ def _slots(target: Target, shapes: dict[str, tuple[int, int]], count: int, gate:
     return GateSlots(shapes, ranks, read, count, dtype, target.base.dtype, META)
 
 
-def _advice(target: Target, count: int, rows: int) -> str:
+def ways_to_save(target: Target, rows: int) -> list[str]:
+    """Settings with which a training step needs less memory."""
     train = target.cfg.train
     ways = []
     if not target.sharded and target.world > 1:
@@ -102,6 +107,4 @@ def _advice(target: Target, count: int, rows: int) -> str:
         ways.append("recompute activations (train.gradient_checkpointing=true)")
     if rows > 1:
         ways.append(f"cut train.micro_batch_tokens to {target.cfg.tasks.max_length * (rows // 2)}")
-    if count > 1:
-        ways.append(f"train fewer at a time (train.experts_in_flight={count // 2})")
-    return ", or ".join(ways) or "use larger GPUs or a smaller base"
+    return ways

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,9 +47,10 @@ class _Enter(torch.autograd.Function):
 class _Held(nn.Module):
     """Named parameters; its forward returns their values (under ZeRO 3, the hooks around it gather them)."""
 
-    def hold(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def hold(self, tensors: Mapping[str, torch.Tensor]) -> _Held:
         self.keys = tuple(tensors)
         self.held = nn.ParameterList(nn.Parameter(tensor.clone()) for tensor in tensors.values())
+        return self
 
     def forward(self) -> dict[str, torch.Tensor]:
         return dict(zip(self.keys, _Enter.apply(*self.held), strict=True))
@@ -57,16 +59,10 @@ class _Held(nn.Module):
         return dict(zip(self.keys, self.held, strict=True))
 
 
-def _gates(tensors: Mapping[str, torch.Tensor]) -> _Held:
-    module = _Held()
-    module.hold(tensors)
-    return module
-
-
 def _experts(tensors: Mapping[str, torch.Tensor], expert_parallel: int, zero_stage: int) -> _Held:
     """Expert parameters, marked as such; without expert parallelism they are parameters like any other."""
     if expert_parallel == 1:
-        return _gates(tensors)
+        return _Held().hold(tensors)
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
     from deepspeed.moe.layer import MoE
     from deepspeed.utils import groups
@@ -138,7 +134,7 @@ class ExpertEngine:
         self.expert_parallel = expert_parallel
         module = _Parameters(
             experts=_experts(experts, expert_parallel, self.zero_stage) if experts else None,
-            gates=_gates(gates) if gates else None,
+            gates=_Held().hold(gates) if gates else None,
         )
         self.kind_of = {key: name for name, part in module.parts().items() for key in part.keys}
         # Any: DeepSpeed hangs attributes of its own on them.
@@ -195,20 +191,16 @@ class ExpertEngine:
 
     def _plain_norm(self) -> float:
         """ZeRO 0 computes none: gates are alike on all ranks, experts differ within an expert-parallel group."""
-        squares = dict.fromkeys(("experts", "gates"), torch.zeros((), dtype=torch.float64))
+        device = next(iter(self._named.values())).device
+        square = {kind: torch.zeros((), dtype=torch.float64, device=device) for kind in self.kind_of.values()}
         for key, parameter in self._named.items():
-            if parameter.grad is not None:
-                squares[self.kind_of[key]] = (
-                    squares[self.kind_of[key]] + parameter.grad.double().square().sum().cpu()
-                )
-        if self.expert_parallel > 1:
+            square[self.kind_of[key]] += parameter.grad.double().square().sum()
+        if self.expert_parallel > 1 and "experts" in square:
             from deepspeed.utils import groups
 
             group = groups._get_expert_parallel_group(f"ep_size_{self.expert_parallel}")
-            total = squares["experts"].to(next(iter(self._named.values())).device)
-            dist.all_reduce(total, group=group)
-            squares["experts"] = total.cpu()
-        return float(sum(squares.values()).sqrt())  # type: ignore[union-attr]
+            dist.all_reduce(square["experts"], group=group)
+        return math.sqrt(sum(map(float, square.values())))
 
     # State: parameters and moments of any stage as whole tensors ------------------------------------------
 
