@@ -54,7 +54,9 @@ def target_of(name: str, *words: str, ranks: int | None = None) -> Target:
     return Target(read_config(CONFIGS / f"{name}.yaml", words), ranks)
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "flan" in name else ()) for name in WORLDS]
+)
 def test_every_configuration_for_a_large_pool_passes_at_its_world_size(name: str) -> None:
     outcome = command("plan", str(CONFIGS / f"{name}.yaml"))
     assert outcome.code == 0, outcome.err
