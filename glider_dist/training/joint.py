@@ -6,8 +6,6 @@ experts, gates and optimizer (``deepspeed_moe``), the base is sharded besides un
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import time
@@ -23,7 +21,6 @@ import torch.distributed as dist
 
 from glider_dist.errors import GliderError
 from glider_dist.evaluation import calibrate
-from glider_dist.evaluation.queries import queries_digest
 from glider_dist.job import Job
 from glider_dist.model.attach import context_of, detach, query_scores
 from glider_dist.model.recompute import recomputed
@@ -44,7 +41,14 @@ from glider_dist.training.joint_config import check_joint, deepspeed_config, rec
 from glider_dist.training.joint_keep import JointKeeper, forget
 from glider_dist.training.joint_loop import JointLoop, Scope, Step
 from glider_dist.training.joint_params import Trained
-from glider_dist.training.joint_pool import complete, move_into_place, staging_pool, write_version
+from glider_dist.training.joint_pool import (
+    complete,
+    move_into_place,
+    staging_pool,
+    training_key,
+    versions_digest,
+    write_version,
+)
 from glider_dist.training.joint_routing import RouterExtras
 from glider_dist.training.joint_scores import QueryScores
 from glider_dist.training.joint_state import Tensors, gather_state
@@ -74,8 +78,8 @@ def run(job: Job) -> None:
             stage(job)
     job.ranks.on_main(lambda: _finish_earlier(job.open_pool(check_base=False)))
     pool = job.open_pool(check_base=False)
-    key, record = _key(job), job.run_dir / RECORD
-    if record.exists() and read_json(record) == {"key": key, "pool": _digest(pool)}:
+    key, record = training_key(job), job.run_dir / RECORD
+    if record.exists() and read_json(record) == {"key": key, "pool": versions_digest(pool)}:
         if job.ranks.is_main:
             log.info("this training was done already, and the pool is as it left it")
         return _calibrate(job, pool)
@@ -89,7 +93,7 @@ def run(job: Job) -> None:
 
         def note() -> None:
             """Before the new versions take their places: a job killed in between is done, and knows it."""
-            write_json(record, {"key": key, "pool": _digest(pool, staging_pool(pool))})
+            write_json(record, {"key": key, "pool": versions_digest(pool, staging_pool(pool))})
 
         if result is not None:
             _store(job, pool, result, note)
@@ -238,7 +242,7 @@ def _facts(job: Job, recipes: dict[str, Recipe]) -> Facts:
     if not cfg.joint.multitask:
         pool = job.open_pool(check_base=False)
         facts |= {
-            "the pool": _digest(pool),
+            "the pool": versions_digest(pool),
             "the pool's calibration": str(calibrate.calibration_of(pool).get("key")),
         }
     return facts
@@ -283,24 +287,3 @@ def ensure_group() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-
-def _key(job: Job) -> str:
-    """Everything the trained weights depend on, apart from the pool."""
-    cfg = job.cfg
-    state = {
-        "data": [queries_digest(job.tasks.held_in, part, 1 << 60) for part in ("train", "validation")],
-        "joint": asdict(cfg.joint),
-        "train": asdict(cfg.train),
-        "router": asdict(cfg.router),
-        "seed": cfg.seed,
-        "max_length": cfg.tasks.max_length,
-    }
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(pool: ExpertPool, newer: ExpertPool | None = None) -> str:
-    """Of the experts' files; of those in ``newer`` the files there."""
-    versions = {expert.name: expert for source in (pool, newer) if source for expert in source.experts()}
-    files = {name: versions[name].card().get("files", {}) for name in pool.names}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

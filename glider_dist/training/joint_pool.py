@@ -8,14 +8,19 @@ A killed job leaves the old pool, or one that the next start of the stage finish
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from glider_dist.errors import GliderError
+from glider_dist.evaluation.queries import queries_digest
+from glider_dist.job import Job
 from glider_dist.pool import Expert, ExpertPool
 from glider_dist.pool.adapter import GATE_FILE, WEIGHTS_FILE, inspect_adapter
 from glider_dist.pool.adapter_config import CONFIG_FILE
@@ -94,3 +99,24 @@ def move_into_place(pool: ExpertPool) -> bool:
     shutil.rmtree(staging, ignore_errors=True)
     pool.__dict__.pop("names", None)
     return there
+
+
+def versions_digest(pool: ExpertPool, newer: ExpertPool | None = None) -> str:
+    """Of the experts' files; of those in ``newer`` the files there."""
+    versions = {expert.name: expert for source in (pool, newer) if source for expert in source.experts()}
+    files = {name: versions[name].card().get("files", {}) for name in pool.names}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def training_key(job: Job) -> str:
+    """Everything the trained weights depend on, apart from the pool."""
+    cfg = job.cfg
+    state = {
+        "data": [queries_digest(job.tasks.held_in, part, 1 << 60) for part in ("train", "validation")],
+        "joint": asdict(cfg.joint),
+        "train": asdict(cfg.train),
+        "router": asdict(cfg.router),
+        "seed": cfg.seed,
+        "max_length": cfg.tasks.max_length,
+    }
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
