@@ -78,15 +78,15 @@ class Work:
             assert time.monotonic() < end, f"{what}: not after {seconds} s\n{self.text('*')}"
             time.sleep(0.1)
 
-    def until_in_the_middle(self, job: str, stage: str) -> None:
-        """Wait until a rank has trained for some steps and kept them."""
+    def until_in_the_middle(self, job: str, stage: str, experts: int = len(HELD_IN)) -> None:
+        """Wait until so many experts have trained for some steps and are kept: with all, every rank has."""
         kept = self.folder / "run" / stage / "checkpoints"
 
         def found() -> bool:
             assert self.slurm.job_states(job)[-1] in ("PENDING", "RUNNING"), self.text("*")
-            return any(kept.glob("**/*.safetensors"))
+            return len({path.parent for path in kept.glob("expert/*/step-*.safetensors")}) == experts
 
-        self.until("something is kept", found)
+        self.until("all are kept", found)
 
 
 @pytest.fixture
@@ -186,10 +186,11 @@ def test_a_job_requeued_and_then_told_to_stop_goes_on_twice_and_ends_the_same(
     assert largest_difference(adapters(uninterrupted), adapters(work.folder / "pool")) == 0.0
 
 
+@pytest.mark.slow
 def test_a_member_of_an_array_is_queued_again_alone(work: Work) -> None:
     job = work.submit("shards=2", "stages=[train-experts]", **LONG)["train-experts"]
     for shard in (0, 1):
-        work.until_in_the_middle(f"{job}_{shard}", f"train-experts/shard-{shard}")
+        work.until_in_the_middle(f"{job}_{shard}", f"train-experts/shard-{shard}", len(HELD_IN[shard::2]))
     # The last member has the id of the array itself.
     work.slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_1")
     done(work, job)
@@ -248,6 +249,7 @@ def test_after_a_crash_a_broken_node_is_left_out_and_without_one_the_job_ends(wo
     assert adapters(work.folder / "pool").keys() == set(HELD_IN)
 
 
+@pytest.mark.slow
 def test_a_job_that_never_gets_on_ends_after_so_many_starts(work: Work) -> None:
     with open(work.folder / "site.env", "a") as site:
         site.write("MAX_RESTARTS=1\nPYTHON=(bash -c 'kill -KILL $$')\nsite_check() { false; }\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -203,3 +204,12 @@ def test_a_shard_that_is_none_is_refused(job: Path, shard: str) -> None:
     done = command("train-experts", *settings(job, base=job / "base", tasks__shard=shard))
     assert done.code == 2
     assert "must be i/n" in done.errors[0]
+
+
+def test_fetch_finds_what_a_configuration_names_and_says_what_is_missing(job: Path) -> None:
+    done = command("fetch", *settings(job, base=job / "base"))
+    assert done.code == 0, done.err
+    assert "tasks: 4 with 88 examples" in done.err
+    assert not (job / "run").exists()
+    shutil.rmtree(job / "base")
+    assert command("fetch", *settings(job, base=job / "base")).code == 2

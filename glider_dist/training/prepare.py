@@ -59,9 +59,12 @@ def prepare(job: Job, tasks: Sequence[Task], kind: str) -> list[Trainee]:
 
 def _shares_before(job: Job, kind: str, names: set[str]) -> list[list[str]] | None:
     path = checkpoint_folder(job, kind) / SHARES
-    if not path.exists():
-        return None
-    shares = job.ranks.gather(read_json(path, "delete it") if job.ranks.is_main else {})[0].get("shares", [])
+
+    def read() -> dict[str, Any]:
+        # Rank 0 alone, since it may write the file before a slower rank has looked for it.
+        return read_json(path, "delete it") if job.ranks.is_main and path.exists() else {}
+
+    shares = job.ranks.gather(job.ranks.together(read))[0].get("shares", [])
     if len(shares) != job.ranks.world or not names <= {name for share in shares for name in share}:
         return None
     return [[name for name in share if name in names] for share in shares]
