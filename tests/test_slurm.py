@@ -186,6 +186,7 @@ def test_a_job_requeued_and_then_told_to_stop_goes_on_twice_and_ends_the_same(
     assert largest_difference(adapters(uninterrupted), adapters(work.folder / "pool")) == 0.0
 
 
+@pytest.mark.slow
 def test_a_member_of_an_array_is_queued_again_alone(work: Work) -> None:
     job = work.submit("shards=2", "stages=[train-experts]", **LONG)["train-experts"]
     for shard in (0, 1):
@@ -229,7 +230,7 @@ def kill_first(program: bytes, *parts: str) -> str:
     raise AssertionError(f"no process {program!r} {parts}")
 
 
-@pytest.mark.parametrize("broken", [True, False])
+@pytest.mark.parametrize("broken", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_after_a_crash_a_broken_node_is_left_out_and_without_one_the_job_ends(work: Work, broken: bool) -> None:
     job = work.submit("nodes=2", "stages=[train-experts]", **LONG)["train-experts"]
     work.until_in_the_middle(job, "train-experts")
@@ -248,6 +249,7 @@ def test_after_a_crash_a_broken_node_is_left_out_and_without_one_the_job_ends(wo
     assert adapters(work.folder / "pool").keys() == set(HELD_IN)
 
 
+@pytest.mark.slow
 def test_a_job_that_never_gets_on_ends_after_so_many_starts(work: Work) -> None:
     with open(work.folder / "site.env", "a") as site:
         site.write("MAX_RESTARTS=1\nPYTHON=(bash -c 'kill -KILL $$')\nsite_check() { false; }\n")
