@@ -10,7 +10,8 @@ import pytest
 from small_jobs import HELD_IN, command, finish, program, settings, snapshot, start, write_tasks
 
 from glider_dist import cli
-from glider_dist.cli import COMMANDS, Command, main, parse
+from glider_dist.cli import main, parse
+from glider_dist.commands import COMMANDS, Command
 from glider_dist.errors import GliderError
 from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
 
