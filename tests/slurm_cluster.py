@@ -138,7 +138,7 @@ class Cluster:
     def _write_conf(self) -> None:
         lines = [
             f"NodeName={node} NodeAddr={self._address(node)} Port={_NODE_PORT} Sockets=1 CoresPerSocket=16 "
-            "ThreadsPerCore=1 RealMemory=100000 Gres=gpu:4 State=UNKNOWN"
+            "ThreadsPerCore=1 RealMemory=100000 Gres=gpu:8 State=UNKNOWN"
             for node in self.nodes
         ]
         host = os.uname().nodename.split(".")[0]
@@ -148,9 +148,9 @@ class Cluster:
         )  # fmt: skip
         (self.folder / "slurm.conf").write_text(conf)
         # Slurm takes any character device for a GPU.
-        for index in range(4):
+        for index in range(8):
             (self.folder / f"gpu{index}").symlink_to("/dev/null")
-        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-3]\n")
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
         hosts = ["127.0.0.1 localhost", f"{_NETWORK}.1 {host}"]
         hosts += [f"{self._address(node)} {node}" for node in self.nodes]
         (self.folder / "etc/hosts").write_text("\n".join(hosts) + "\n")
