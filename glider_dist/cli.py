@@ -120,9 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A collective breaks when another rank leaves it because of a mistake, which that rank has told.
         if told_elsewhere():
             return 2
-        if not isinstance(error, OSError) or error.errno not in _UNWRITABLE or error.filename is None:
+        if not isinstance(error, OSError) or error.errno not in _UNWRITABLE:
             raise
-        mistake = f"{error.filename} cannot be used ({error.strerror})"
+        if error.filename is not None:
+            mistake = f"{error.filename} cannot be used ({error.strerror})"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):  # a write to an open file does not say to which
+            mistake = f"a file cannot be written ({error.strerror}); make room and give the same command again"
+        else:
+            raise
     # Here, where the error's frames, which hold the connections to the other ranks, are gone.
     return tell(mistake)
 
