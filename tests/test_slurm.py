@@ -292,12 +292,6 @@ def test_scripts_pass_shellcheck_and_slurms_own_test(work: Work) -> None:
     for config in [None, *sorted((SLURM.parent / "launch_configs").glob("*.yaml"))]:
         out = work.folder / "scripts"
         words = [str(config)] if config else work.settings()
-        tasks = [
-            "tasks.source=jsonl",
-            f"tasks.path={work.folder / 'tasks'}",
-            "tasks.held_in=[]",
-            "tasks.held_out=[]",
-        ]
         site = f"site={work.folder / 'site.env'}"
         made = command("slurm", "render", *words, *tasks, f"run_dir={out}", site, "nodes=3", "shards=2")
         assert made.code == 0, made.err
