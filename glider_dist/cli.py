@@ -10,17 +10,23 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from glider_dist.commands import COMMANDS
 from glider_dist.config import Config
 from glider_dist.errors import EXIT_STOPPED, GliderError, Stopped
 from glider_dist.mistakes import tell, told_elsewhere
 from glider_dist.parallel.launch import adopt_slurm
+from glider_dist.parallel.stopping import SIGNALS, StopWish
 from glider_dist.settings import read_config, settings
 from glider_dist.tracking.log_file import EarlyLog
 
@@ -37,86 +43,6 @@ _UNWRITABLE = (
     errno.ENAMETOOLONG,
 )
 
-
-@dataclass(frozen=True)
-class Command:
-    """A command: the function that runs it (``module:function``), what it does, and its own defaults."""
-
-    target: str
-    doc: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-    takes_text: bool = False
-    launches: bool = False
-    keeps_record: bool = True  # writes a run directory
-    serves: bool = False  # runs as a single process, without ranks and without a run directory
-    own_usage: bool = False  # sorts its words and key=value itself, and explains them in the module's USAGE
-
-
-_TRAINING = "glider_dist.training.experts"
-_EVALUATION = "glider_dist.evaluation"
-
-COMMANDS = {
-    "quickstart": Command(
-        "glider_dist.quickstart:run",
-        "the whole method on a small model: train, route, evaluate, answer a query",
-        takes_text=True,
-        launches=True,
-    ),
-    "train-experts": Command(f"{_TRAINING}:train_experts", "train a LoRA expert for each held-in task"),
-    "train-gates": Command(f"{_TRAINING}:train_gates", "train the local router's gate of each expert"),
-    "describe": Command("glider_dist.semantics.describe:run", "write each expert's description into its card"),
-    "index": Command("glider_dist.semantics.index:run", "embed the descriptions into the global router's index"),
-    "calibrate": Command(
-        f"{_EVALUATION}.calibrate:run", "choose alpha_in, alpha_out and threshold on validation queries"
-    ),
-    "train-joint": Command(
-        "glider_dist.training.joint:run", "train experts and gates together, through the routers"
-    ),
-    "evaluate": Command(f"{_EVALUATION}.evaluate:run", "score the routers on test queries and print the table"),
-    "bench": Command(
-        "glider_dist.bench.command:run",
-        "measure: a routed layer, an exchange between ranks, an evaluation",
-        own_usage=True,
-    ),
-    "average-activations": Command(
-        f"{_EVALUATION}.activations:run",
-        "mean inputs of each expert, for router.kind=average_activation",
-        keeps_record=False,
-    ),
-    "predict": Command(
-        f"{_EVALUATION}.predict:run",
-        "answer a text and show which experts served it",
-        takes_text=True,
-        keeps_record=False,
-    ),
-    "serve-embeddings": Command(
-        "glider_dist.semantics.service.server:run",
-        "serve the embedder to all ranks, jobs and OpenAI clients over HTTP",
-        serves=True,
-    ),
-    "plan": Command(
-        "glider_dist.planning.command:run",
-        "memory, batches, traffic and time of a configuration, without a GPU or weights",
-    ),
-    "fetch": Command(
-        "glider_dist.fetch:run",
-        "bring base, embedder and data sets into the caches, for machines without a network",
-        keeps_record=False,
-    ),
-    "slurm": Command(
-        "glider_dist.planning.slurm:run",
-        "render or submit the pipeline as a chain of batch jobs",
-        own_usage=True,
-    ),
-    "runs": Command(
-        "glider_dist.tracking.runs:run", "list runs with state, progress and score; how to go on", own_usage=True
-    ),
-    "pool": Command(
-        "glider_dist.pool_command:run",
-        "import, ls, show, verify, remove, export, pack: adapters in and out of a pool",
-        own_usage=True,
-    ),
-}
 
 USAGE = """usage: glider-dist COMMAND [CONFIG.yaml] [key=value ...] [--dry-run [--ranks N]] [--help]
        deepspeed --num_gpus N --module glider_dist COMMAND [CONFIG.yaml] [key=value ...]
@@ -194,9 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A collective breaks when another rank leaves it because of a mistake, which that rank has told.
         if told_elsewhere():
             return 2
-        if not isinstance(error, OSError) or error.errno not in _UNWRITABLE or error.filename is None:
+        if not isinstance(error, OSError) or error.errno not in _UNWRITABLE:
             raise
-        mistake = f"{error.filename} cannot be used ({error.strerror})"
+        if error.filename is not None:
+            mistake = f"{error.filename} cannot be used ({error.strerror})"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):  # a write to an open file does not say to which
+            mistake = f"a file cannot be written ({error.strerror}); make room and give the same command again"
+        else:
+            raise
     # Here, where the error's frames, which hold the connections to the other ranks, are gone.
     return tell(mistake)
 
@@ -220,17 +151,40 @@ def _main(argv: list[str]) -> int:
     if not command.serves:
         adopt_slurm(os.environ)
     _set_up_logging()
-    module, _, function = (COMMANDS["plan"] if plans else command).target.partition(":")
-    stage = getattr(importlib.import_module(module), function)
+    target = (COMMANDS["plan"] if plans else command).target
     if command.own_usage or (command.launches and not plans):
-        return int(stage(arguments))
+        return int(_load(target)(arguments))
     cfg = read_config(arguments.file, arguments.overrides, command.defaults)
     if plans:
-        return int(stage(cfg, arguments.command, arguments.ranks))
+        return int(_load(target)(cfg, arguments.command, arguments.ranks))
     if command.serves:
-        return int(stage(cfg))
-    run_stage(arguments.command, cfg, stage, arguments.text)
+        return int(_load(target)(cfg))
+    with _ended_by_signals():
+        run_stage(arguments.command, cfg, _load(target), arguments.text)
     return 0
+
+
+def _load(target: str) -> Any:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Until the stage watches for signals itself, one ends the process as stopped: nothing has begun."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_STOPPED)  # which an import that may fail lets through
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_stage(name: str, cfg: Config, stage: Any, text: str | None = None) -> None:
@@ -241,7 +195,6 @@ def run_stage(name: str, cfg: Config, stage: Any, text: str | None = None) -> No
     """
     from glider_dist.job import Job
     from glider_dist.parallel.ranks import start_ranks
-    from glider_dist.parallel.stopping import StopWish
 
     stop = StopWish(cfg.max_minutes)
     with stop.watching():

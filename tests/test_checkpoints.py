@@ -195,7 +195,9 @@ def test_two_ranks_are_killed_and_another_mesh_goes_on_with_the_same_losses(
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
-@pytest.mark.parametrize("kills", [[4], [8, 1, 3], [10, 6], [13], [15, 2]])
+@pytest.mark.parametrize(
+    "kills", [[4], [8, 1, 3], *(pytest.param(kills, marks=pytest.mark.slow) for kills in ([10, 6], [13], [15, 2]))]
+)
 def test_killed_at_any_turn_the_same_mesh_gives_the_same_bits(kills, uneven, tmp_path):
     for turn in kills:
         assert work.cotrain(str(tmp_path), 0, turn, slots=3, steps=UNEVEN, eval_every=4) == {}

@@ -10,7 +10,8 @@ import pytest
 from small_jobs import HELD_IN, command, finish, program, settings, snapshot, start, write_tasks
 
 from glider_dist import cli
-from glider_dist.cli import COMMANDS, Command, main, parse
+from glider_dist.cli import main, parse
+from glider_dist.commands import COMMANDS, Command
 from glider_dist.errors import GliderError
 from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
 
@@ -63,6 +64,20 @@ def test_an_interruption_ends_with_code_130(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(cli, "_main", interrupted)
     assert main([]) == 130
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_under_an_open_file_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(argv: list[str]) -> int:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+        return 0
+
+    monkeypatch.setattr(cli, "_main", write)
+    assert main([]) == 2
+    assert "(No space left on device); make room and give the same command again" in capsys.readouterr().err
 
 
 def test_an_error_that_is_not_the_users_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_jobs import command
 
-from glider_dist.cli import COMMANDS
+from glider_dist.commands import COMMANDS
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.quickstart import DEFAULTS

@@ -102,7 +102,7 @@ def test_a_job_stopped_on_two_ranks_goes_on_on_another_mesh_with_the_same_losses
     assert not (folder / "run" / "checkpoints" / "joint").exists()
 
 
-@pytest.mark.parametrize("turn", [2, 6, 15])
+@pytest.mark.parametrize("turn", [6, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (2, 15))])
 def test_a_killed_job_ends_with_the_same_bits_and_the_pool_is_whole_meanwhile(turn, folder, base, whole):
     before = adapters(folder / "pool")
     with work.at_turn(turn, work.killed), pytest.raises(work.Killed):

@@ -48,6 +48,8 @@ CPU = torch.device("cpu")
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if dist.is_initialized():  # by a joint training that another test has run in this process
+        dist.destroy_process_group()
 
 
 def target_of(name: str, *words: str, ranks: int | None = None) -> Target:

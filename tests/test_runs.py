@@ -25,7 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def run(name: str, **changes: Any) -> Any:
         words = settings(folder, base=base, run_dir=folder / "runs" / name, **{"pool": folder / name, **changes})
-        with cores(1):
+        # What was typed is noted from here, and pytest may have been started without any words.
+        with cores(1), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["glider-dist", "train-experts", *words])
             return command("train-experts", *words)
 
     assert run("done").code == 0
@@ -62,7 +64,8 @@ def test_show_gives_the_command_that_goes_on(folder, monkeypatch):
     assert outcome.code == 0, outcome.err
     assert "stopped (max_minutes=1e-09 have passed)" in outcome.out
     assert f"kept:     checkpoints of 3 in {folder / 'runs/stopped/checkpoints/expert'}" in outcome.out
-    assert "to go on:" in outcome.out
+    assert "to go on:\n  cd " in outcome.out
+    assert "glider-dist train-experts " in outcome.out
     assert "to go on" not in command("runs", "show", str(folder / "runs" / "done")).out
 
 

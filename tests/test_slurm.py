@@ -230,7 +230,7 @@ def kill_first(program: bytes, *parts: str) -> str:
     raise AssertionError(f"no process {program!r} {parts}")
 
 
-@pytest.mark.parametrize("broken", [True, False])
+@pytest.mark.parametrize("broken", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_after_a_crash_a_broken_node_is_left_out_and_without_one_the_job_ends(work: Work, broken: bool) -> None:
     job = work.submit("nodes=2", "stages=[train-experts]", **LONG)["train-experts"]
     work.until_in_the_middle(job, "train-experts")
@@ -292,12 +292,6 @@ def test_scripts_pass_shellcheck_and_slurms_own_test(work: Work) -> None:
     for config in [None, *sorted((SLURM.parent / "launch_configs").glob("*.yaml"))]:
         out = work.folder / "scripts"
         words = [str(config)] if config else work.settings()
-        tasks = [
-            "tasks.source=jsonl",
-            f"tasks.path={work.folder / 'tasks'}",
-            "tasks.held_in=[]",
-            "tasks.held_out=[]",
-        ]
         site = f"site={work.folder / 'site.env'}"
         made = command("slurm", "render", *words, *tasks, f"run_dir={out}", site, "nodes=3", "shards=2")
         assert made.code == 0, made.err

@@ -126,7 +126,7 @@ def test_an_evaluation_that_may_take_one_batch_a_start_gives_the_same_rows(folde
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_stops_all_of_them_and_they_go_on(
     zero_stage: int, folder: Path, base: Path, whole: Any, local_ranks: Callable[[int], LocalRanks]
 ) -> None:

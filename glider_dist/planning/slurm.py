@@ -57,7 +57,7 @@ def run(arguments: Arguments) -> int:
     Raises:
         GliderError: a wrong action, configuration, site file or stage, or sbatch refuses a job.
     """
-    from glider_dist.cli import COMMANDS
+    from glider_dist.commands import COMMANDS
 
     action = arguments.words[0] if arguments.words else ""
     if action not in ("render", "submit") or len(arguments.words) > 1:

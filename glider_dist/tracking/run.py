@@ -13,14 +13,10 @@ Everything W&B receives is in the run directory too: a run without W&B, or with 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import math
 import os
-import platform
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +29,12 @@ from omegaconf import OmegaConf
 from glider_dist.errors import GliderError
 from glider_dist.tracking.log_file import open_log_file
 from glider_dist.tracking.state import RunState
+from glider_dist.tracking.versions import versions
 
 logger = logging.getLogger(__name__)
 
 METRICS, LOG = "metrics.jsonl", "log.txt"
 _MODES = ("offline", "online", "off")
-_PACKAGES = ("glider_dist", "torch", "deepspeed", "transformers", "peft", "datasets", "wandb", "omegaconf")
 
 
 class Run:
@@ -86,11 +82,11 @@ class Run:
         if not is_main:
             return cls(run_dir, None, None, None)
         run_dir = run_dir.absolute()
-        versions = {**_versions(), "compute": dict(compute or {})}
+        record = {**versions(), "compute": dict(compute or {})}
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             _replace(run_dir / "config.yaml", OmegaConf.to_yaml(dict(config)))
-            _replace(run_dir / "versions.json", json.dumps(versions, indent=1) + "\n")
+            _replace(run_dir / "versions.json", json.dumps(record, indent=1) + "\n")
             metrics = _open_to_append(run_dir / METRICS)
             handler = open_log_file(run_dir / LOG)
             state = RunState(run_dir, stage)
@@ -250,58 +246,3 @@ def _replace(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _versions() -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _installed(name) for name in _PACKAGES},
-        "git": _git(),
-        "command": sys.argv,
-        "folder": os.getcwd(),
-        "launcher": _launcher(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "cpus": os.cpu_count(),
-        "device": _device(),
-    }
-
-
-def _launcher() -> str:
-    """What started the ranks, as far as the environment tells."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "torchrun"
-    if any(word.startswith("--local_rank") for word in sys.argv):
-        return "deepspeed"
-    return "srun" if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" else ""
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the source tree and whether the package differs from it; None where it is no checkout."""
-    package = Path(__file__).resolve().parents[1]
-    try:
-        top = _git_output(package, "rev-parse", "--show-toplevel")
-        if Path(top).resolve() != package.parent:
-            return None
-        commit = _git_output(package, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git_output(package, "status", "--porcelain", "--", "."))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git_output(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-
-def _device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
