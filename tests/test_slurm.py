@@ -230,7 +230,8 @@ def kill_first(program: bytes, *parts: str) -> str:
     raise AssertionError(f"no process {program!r} {parts}")
 
 
-@pytest.mark.parametrize("broken", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [True, False])
 def test_after_a_crash_a_broken_node_is_left_out_and_without_one_the_job_ends(work: Work, broken: bool) -> None:
     job = work.submit("nodes=2", "stages=[train-experts]", **LONG)["train-experts"]
     work.until_in_the_middle(job, "train-experts")
