@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glider_dist.testing import LocalRanks
+from glider_dist.testing import LocalRanks, save_tiny_base, tiny_causal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,6 +44,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.skip(reason="brings up a real Slurm; run with --slurm"))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny causal model on disk; tests only read it."""
+    return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny", tiny_causal())
 
 
 @pytest.fixture(scope="session")

@@ -26,15 +26,10 @@ from glider_dist.model.sites import fingerprint
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.adapter import CONFIG_FILE, GATE_FILE, WEIGHTS_FILE, write_adapter
 from glider_dist.semantics.index import FILE
-from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
+from glider_dist.testing import random_pool, tiny_causal
 
 ROUTED = ("train-gates", "evaluate", "predict")
 SITE = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_base(tmp_path_factory.mktemp("base"), tiny_causal())
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from glider_dist import cli
 from glider_dist.cli import main, parse
 from glider_dist.commands import COMMANDS, Command
 from glider_dist.errors import GliderError
+from glider_dist.parallel.stopping import SIGNALS
 from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
 
 
@@ -78,6 +80,22 @@ def test_a_full_disk_under_an_open_file_is_one_sentence(
     monkeypatch.setattr(cli, "_main", write)
     assert main([]) == 2
     assert "(No space left on device); make room and give the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_the_stage_is_being_loaded_ends_with_code_85(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(target: str) -> object:
+        signal.raise_signal(number)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(cli, "_load", load)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate"])
+    assert stop.value.code == 85
+    assert signal.getsignal(number) is before
 
 
 def test_an_error_that_is_not_the_users_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:

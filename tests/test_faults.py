@@ -34,14 +34,9 @@ from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import clear_up
 from glider_dist.pool.lock import hold_all, holding
 from glider_dist.pool.verify import verify
-from glider_dist.testing import LocalRanks, random_pool, save_tiny_base, tiny_causal
+from glider_dist.testing import LocalRanks, random_pool, tiny_causal
 
 LONG: dict[str, Any] = {"train__max_steps": 40, "train__eval_every": 20, "train__save_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_base(tmp_path_factory.mktemp("base"), tiny_causal())
 
 
 @pytest.fixture(scope="module")

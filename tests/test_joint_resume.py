@@ -24,16 +24,11 @@ from small_jobs import (
 
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.verify import verify
-from glider_dist.testing import LocalRanks, random_pool, save_tiny_base, tiny_causal
+from glider_dist.testing import LocalRanks, random_pool, tiny_causal
 from glider_dist.training import joint
 
 pytestmark = pytest.mark.distributed
 STEPS, STOP = 15, 5
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_base(tmp_path_factory.mktemp("base"), tiny_causal())
 
 
 def new_job(folder: Path) -> Path:

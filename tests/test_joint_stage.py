@@ -24,17 +24,12 @@ from transformers import AutoModelForCausalLM
 
 from glider_dist.pool import ExpertPool
 from glider_dist.semantics import describe
-from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
+from glider_dist.testing import random_pool
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="ranks cannot be pinned to cores here"),
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny", tiny_causal())
 
 
 class Job:

@@ -20,14 +20,9 @@ from small_jobs import (
     write_tasks,
 )
 
-from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
+from glider_dist.testing import random_pool, tiny_causal
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_base(tmp_path_factory.mktemp("base"), tiny_causal())
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from small_jobs import (
 )
 
 from glider_dist.pool import ExpertPool
-from glider_dist.testing import save_tiny_base, tiny_causal, tiny_seq2seq
+from glider_dist.testing import save_tiny_base, tiny_seq2seq
 
 pytestmark = [
     pytest.mark.distributed,
@@ -91,11 +91,6 @@ def new_job(folder: Path, base: Path, **tasks: Any) -> Job:
     folder.mkdir(parents=True, exist_ok=True)
     write_tasks(folder / "tasks", **tasks)
     return Job(folder, base, {})
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny", tiny_causal())
 
 
 @pytest.fixture(scope="module")

@@ -259,7 +259,6 @@ class RoutingContext:
         if self.strategy.local == "lag":
             norms = partial(delta_norms, kept_Td, bank, self.prototypes.factors(site, bank, self._general))
         excludes = bias_TE is not None and self._excludes
-        watch = None if self.watch is None else partial(self.watch, site, tokens)
         return route_tokens(
             self.strategy,
             self.router,
@@ -270,7 +269,7 @@ class RoutingContext:
             eligible,
             norms,
             excludes,
-            watch,
+            None if self.watch is None else partial(self.watch, site, tokens),
         )
 
     def gate_weight(self, site: str, x_Td: torch.Tensor) -> torch.Tensor:
