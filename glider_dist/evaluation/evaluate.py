@@ -97,8 +97,9 @@ def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str],
     first = dataclasses.replace(job.cfg.router, kind="phatgoose" if needs_gates else "base")
     model = job.attach(pool, first)
     try:
+        done = len(cfg.routers) - len(todo)
         for kind in progress(todo, desc="routers", enabled=job.ranks.is_main):
-            job.run.progress("rows", len(cfg.routers) - len(todo) + todo.index(kind), len(cfg.routers))
+            job.run.progress("rows", done, len(cfg.routers))
             partial = PartialRow(rows / "partial", kind, key, job.ranks, len(pool), cfg.save_minutes)
             result, routing = evaluate_router(job, pool, kind, queries, router, partial)
             _check_unchanged(job, key)
@@ -108,6 +109,8 @@ def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str],
                 mean = sum(query.score for query in result.queries) / len(result.queries)
                 log.info("%s: %.3f over %d queries in %.0f s", kind, mean, len(result.queries), result.seconds)
                 partial.remove()
+            done += 1
+            job.run.progress("rows", done, len(cfg.routers))
             job.stop.agree(job.stop.wished and kind != todo[-1])
     finally:
         detach(model)
