@@ -57,6 +57,10 @@ class TrainConfig:
     experts_in_flight: int | None = _positive(
         None, "experts (or gates) that a rank trains at a time, the others wait; None: 8 on a CPU, 32 on a GPU"
     )
+    replicas: int | None = _positive(
+        None,
+        "ranks that train each expert together, each on its part of a step; None: what balances the ranks",
+    )
     micro_batch_size: int | None = _positive(
         None, "examples per forward at most; None: train.micro_batch_tokens alone"
     )

@@ -1,6 +1,6 @@
 """Six unequal tasks trained together on a tiny model: run under torchrun, and imported, by test_cotraining.py.
 
-    torchrun --nproc_per_node N cotraining_worker.py ZERO_STAGE DTYPE FILE
+    torchrun --nproc_per_node N cotraining_worker.py ZERO_STAGE DTYPE REPLICAS FILE
 
 trains experts, then gates, and writes their weights, losses and validations to FILE. Fails if the base
 has changed.
@@ -24,6 +24,7 @@ from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import linear_sites
 from glider_dist.parallel.ranks import Ranks, start_ranks
+from glider_dist.parallel.replicas import SINGLE, Replicas, divide
 from glider_dist.pool.adapter import SiteLora
 from glider_dist.testing import tiny_causal, tiny_tokenizer
 from glider_dist.training.batches import Packing
@@ -105,11 +106,12 @@ def train(
     packing: Packing = MIXED,
     checkpointing: bool = False,
     unfinished: Unfinished | None = None,
+    replicas: Replicas = SINGLE,
     on_done: Callable[[Trainee, torch.Tensor], None] = lambda trainee, row: None,
 ) -> dict[str, dict[str, Any]]:
     """Train on this rank; by name the best row ``[n]``, losses, validations and what else to compare."""
     made = slots_for(base, kind, slots)
-    loop = CoTraining(Runner(frozen, Collator(base, 128), made), trainees, packing, unfinished)
+    loop = CoTraining(Runner(frozen, Collator(base, 128), made), trainees, packing, unfinished, replicas)
     found: dict[str, dict[str, Any]] = {}
 
     def retire(trainee: Trainee, row: torch.Tensor) -> None:
@@ -128,19 +130,22 @@ def base_bits(model: torch.nn.Module) -> list[torch.Tensor]:
     return [getattr(p, "ds_tensor", p).detach().clone() for p in model.parameters()]
 
 
-def main(zero_stage: str, dtype: str, file: str) -> None:
+def main(zero_stage: str, dtype: str, replicas_each: str, file: str) -> None:
     ranks: Ranks = start_ranks("cpu")
     base = base_model(getattr(torch, dtype))
     frozen = FrozenBase(base, ranks, int(zero_stage))
     before = base_bits(base.model)
+    replicas = divide(ranks, int(replicas_each))
     together = {}
     for kind in KINDS:
         everyone = [trainee(name) for name in SIZES]
-        mine = share_out([one.cost for one in everyone], ranks.world)[ranks.rank]
+        mine = share_out([one.cost for one in everyone], replicas.teams)[replicas.team]
         # Fewer slots than experts on a rank: the last ones wait for the first.
-        found = train(frozen, base, kind, [everyone[index] for index in mine], slots=max(1, len(mine) - 1))
+        found = train(
+            frozen, base, kind, [everyone[index] for index in mine], slots=max(1, len(mine) - 1), replicas=replicas
+        )
         gathered = ranks.gather(found)
-        assert all(gathered), "a rank had nothing to train"
+        assert [bool(part) for part in gathered] == [r % replicas.count == 0 for r in range(ranks.world)]
         together[kind] = {name: value for part in gathered for name, value in part.items()}
     after = base_bits(base.model)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "the base has changed"

@@ -36,11 +36,11 @@ def separate() -> dict[str, dict[str, Found]]:
     }
 
 
-def together(tmp_path: Path, world: int, zero_stage: int, dtype: str) -> dict[str, Found]:
+def together(tmp_path: Path, world: int, zero_stage: int, dtype: str, replicas: int = 1) -> dict[str, Found]:
     file = tmp_path / "found.pt"
     words = [program("torchrun"), "--nproc_per_node", str(world), "--master_port", str(free_port())]
     with cores(world):
-        process = start([*words, worker.__file__, str(zero_stage), dtype, str(file)], tmp_path)
+        process = start([*words, worker.__file__, str(zero_stage), dtype, str(replicas), str(file)], tmp_path)
     outcome = finish(process)
     assert outcome.code == 0, outcome.err
     found: dict[str, Found] = torch.load(file)
@@ -68,13 +68,27 @@ RANKS = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="ranks c
 @RANKS
 @pytest.mark.parametrize(
     ("world", "zero_stage"),
-    [(1, 0), (2, 0), (3, 3), *(pytest.param(*way, marks=SLOW) for way in ((3, 0), (2, 3)))],
+    [(2, 0), (3, 3), *(pytest.param(*way, marks=SLOW) for way in ((1, 0), (3, 0), (2, 3)))],
 )
 def test_six_unequal_tasks_together_are_each_trained_as_if_alone(world, zero_stage, separate, tmp_path):
     found = together(tmp_path, world, zero_stage, "float64")
     for kind in worker.KINDS:
         check_equal(separate["float64"][kind], found[kind], 1e-10)
         assert len({len(one["losses"]) for one in found[kind].values()}) == 2  # step counts differ
+
+
+@pytest.mark.distributed
+@RANKS
+@pytest.mark.parametrize(
+    ("world", "zero_stage", "replicas"),
+    [(4, 3, 2), *(pytest.param(*way, marks=SLOW) for way in ((2, 0, 2), (3, 3, 3), (4, 0, 2)))],
+)
+def test_replicas_that_share_the_rows_of_each_step_train_as_one_rank_would(
+    world, zero_stage, replicas, separate, tmp_path
+):
+    found = together(tmp_path, world, zero_stage, "float64", replicas)
+    for kind in worker.KINDS:
+        check_equal(separate["float64"][kind], found[kind], 1e-10)
 
 
 @pytest.mark.distributed

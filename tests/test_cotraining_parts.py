@@ -22,12 +22,14 @@ from glider_dist.bench import train as bench
 from glider_dist.model.batch import Encoded
 from glider_dist.model.engine import FrozenBase
 from glider_dist.parallel.ranks import ALONE
+from glider_dist.parallel.replicas import Replicas
 from glider_dist.pool import ExpertPool
 from glider_dist.testing import save_tiny_base, tiny_causal, tiny_seq2seq
 from glider_dist.training.adamw import StackedAdamW, Update, row_norms
 from glider_dist.training.batches import Packing, cuts, micro_batches
 from glider_dist.training.checkpoint import Checkpoints
 from glider_dist.training.cotrain import CoTraining
+from glider_dist.training.order import replicas_for
 from glider_dist.training.unfinished import Interval, Unfinished, facts_of
 
 
@@ -140,6 +142,31 @@ def test_rows_are_cut_where_padding_costs_more_than_a_forward():
 
 
 # Failures, waves and restarts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("costs", "world", "rows", "count"),
+    [
+        ([1.0] * 8, 8, 16, 1),
+        ([1.0] * 3, 2, 16, 1),  # one rank has a third more than the mean to do
+        ([1.0] * 8, 64, 16, 8),
+        ([1.0] * 8, 64, 4, 4),  # a fifth replica would have no row
+        ([1.0] * 3, 8, 16, 2),
+        ([100.0, *[1.0] * 10], 4, 16, 4),
+        ([1.0], 6, 16, 6),
+    ],
+)
+def test_so_many_ranks_train_each_expert_as_balance_the_work(costs, world, rows, count):
+    assert replicas_for(costs, world, rows) == count
+
+
+def test_replicas_divide_the_rows_of_a_step_among_them():
+    rows = ["a" * length for length in (3, 9, 1, 7, 5, 2, 8)]
+    for turn in range(4):
+        parts = [Replicas(place=place, count=3).part(rows, turn) for place in range(3)]
+        assert sorted(row for part in parts for row in part) == sorted(rows)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert Replicas().part(rows, 1) == rows
 
 
 @pytest.fixture(scope="module")

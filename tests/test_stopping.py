@@ -121,18 +121,21 @@ def test_an_evaluation_that_may_take_one_batch_a_start_gives_the_same_rows(folde
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("zero_stage", "replicas"),
+    [(0, 1), (0, 2), *(pytest.param(3, replicas, marks=pytest.mark.slow) for replicas in (1, 2))],
+)
 def test_a_signal_to_one_rank_stops_all_of_them_and_they_go_on(
-    zero_stage: int, folder: Path, base: Path, whole: Any, local_ranks: Callable[[int], LocalRanks]
+    zero_stage: int, replicas: int, folder: Path, base: Path, whole: Any, local_ranks: Callable[[int], LocalRanks]
 ) -> None:
-    words = settings(folder, base=base, zero_stage=zero_stage, **LONG)
+    words = settings(folder, base=base, zero_stage=zero_stage, train__replicas=replicas, **LONG)
     found = local_ranks(2).run(work.stage, "train-experts", words, 12, 1, signal.SIGUSR1)
     assert found == ["stopped: SIGUSR1"] * 2
     assert ExpertPool.open(folder / "pool").names == ()
     kept = {path.name: sorted(path.glob("step-*")) for path in (folder / "run/checkpoints/expert").iterdir()}
     assert all(kept[name] for name in HELD_IN)
     assert local_ranks(2).run(work.stage, "train-experts", words) == ["done"] * 2
-    assert largest_difference(whole, adapters(folder / "pool")) <= (1e-3 if zero_stage else 0.0)
+    assert largest_difference(whole, adapters(folder / "pool")) <= (1e-3 if zero_stage or replicas > 1 else 0.0)
 
 
 @pytest.mark.distributed

@@ -77,13 +77,13 @@ def init_mesh(expert_parallel: int = 1) -> Mesh | None:
     groups = [tuple(range(start, start + expert_parallel)) for start in range(0, world, expert_parallel)]
     replicas = [tuple(range(place, world, expert_parallel)) for place in range(expert_parallel)]
     # Every rank makes every group, in the same order.
-    timeout = _timeout_of_world()
+    timeout = timeout_of_world()
     made = {ranks: dist.new_group(list(ranks), timeout) for ranks in [*groups, *replicas] if len(ranks) > 1}
     own, same = groups[rank // expert_parallel], replicas[rank % expert_parallel]
     return Mesh(expert_parallel, len(groups), rank, own, same, made.get(own), made.get(same))
 
 
-def _timeout_of_world() -> timedelta | None:
+def timeout_of_world() -> timedelta | None:
     """What ``init_process_group`` was given: a new group would take its backend's default instead."""
     world = dist.group.WORLD
     assert world is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from glider_dist.model.batch import Encoded
+from glider_dist.parallel.replicas import check_replicas
 from glider_dist.planning.depth import Measured, measured
 from glider_dist.planning.report import StagePlan, seconds
 from glider_dist.planning.target import META, Target
@@ -12,7 +13,7 @@ from glider_dist.planning.traffic import compute_seconds, sharded_traffic
 from glider_dist.pool.adapter import SiteLora
 from glider_dist.training.adamw import StackedAdamW
 from glider_dist.training.batches import MicroBatch, micro_batches, packing_for, slots_for
-from glider_dist.training.order import share_out
+from glider_dist.training.order import replicas_for, share_out
 from glider_dist.training.runner import Runner, installed
 from glider_dist.training.slots import ExpertSlots, GateSlots, Slots
 from glider_dist.training.trainee import Recipe
@@ -32,21 +33,25 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
     cfg, train = target.cfg, target.cfg.train
     recipe = Recipe.of(train, cfg.seed, gate)
     # As all experts are taken to have the longest examples, the first rank has as much to do as any.
-    mine = len(share_out([1.0] * len(target.experts.names), target.world)[0])
+    costs = [1.0] * len(target.experts.names)
+    check_replicas(train.replicas or 1, target.world)
+    replicas = train.replicas or replicas_for(costs, target.world, recipe.batch_size)
+    mine = len(share_out(costs, target.world // replicas)[0])
     count = slots_for(target.device, train.experts_in_flight, mine)
     slots = _slots(target, target.shapes, count, gate)
     optimizer = StackedAdamW(slots.weights)
     packing = packing_for(target.device, train.micro_batch_tokens, train.micro_batch_size)
-    rows: list[Encoded] = [target.row()] * recipe.batch_size
+    rows: list[Encoded] = [target.row()] * -(-recipe.batch_size // replicas)
     micros = micro_batches(dict.fromkeys(range(count), rows), packing)
     largest = max(micros, key=lambda micro: (len(micro.items), micro.hi - micro.lo))
     step = measured(target.base.model, lambda: _measure(target, largest, count, gate))
     plan = StagePlan(stage)
-    idle = max(0, target.world - len(target.experts.names))
+    idle = max(0, target.world - replicas * len(target.experts.names))
     turns = -(-mine // count) * recipe.steps
     plan.counts = {
         "experts on a rank": f"{mine}" + (f" ({idle} ranks have none)" if idle else ""),
         "at a time": str(count),
+        "ranks that train each": str(replicas),
         "steps, examples a step": f"{recipe.steps} x {recipe.batch_size}",
         "forwards a step": f"{len(micros)} of {len(largest.items)} x {cfg.tasks.max_length}",
     }
@@ -64,6 +69,7 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
     plan.estimates = {
         "TFLOP a forward and backward": f"{step.flops / 1e12:.3g}",
         "GB from others, the base": f"{moved / 1e9:.3g}",
+        "GB to others, gradients": f"{2 * (replicas - 1) / replicas * slots.grads.nbytes / 1e9:.3g}",
         "a step, all at a time": seconds(turn),
         "the stage": seconds(turn * turns),
     }

@@ -3,12 +3,16 @@
 One turn is one step of every expert in a slot. The rows of all of them share forwards and backwards; the loss is
 ``Σ_e Σ nll_e / N_e`` with N_e the target tokens of expert e in its own step, so that no expert's gradient depends
 on who trains beside it. An expert that is done leaves its slot to the next one that waits.
+
+Replicas take the same turns over the same slots, each with its part of the rows. A turn then sums the gradients of
+the slots (each of R replicas sends ``2 (R-1)/R`` times their bytes) and the losses, so that all of them decide and
+update alike.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +20,7 @@ from typing import Any
 import torch
 
 from glider_dist.model.batch import Encoded
+from glider_dist.parallel.replicas import SINGLE, Replicas
 from glider_dist.training.adamw import StackedAdamW, all_finite, row_norms
 from glider_dist.training.batches import MicroBatch, Packing, micro_batches
 from glider_dist.training.runner import Runner
@@ -38,7 +43,7 @@ class Turn:
 
 
 class CoTraining:
-    """The experts of one rank: some in slots, others waiting."""
+    """The experts of one rank and its replicas: some in slots, others waiting."""
 
     def __init__(
         self,
@@ -46,8 +51,10 @@ class CoTraining:
         trainees: Sequence[Trainee],
         packing: Packing,
         unfinished: Unfinished | None = None,
+        replicas: Replicas = SINGLE,
     ):
         self.runner = runner
+        self.replicas = replicas
         self.slots = runner.slots
         self.optimizer = StackedAdamW(self.slots.weights)
         self.packing = packing
@@ -65,8 +72,8 @@ class CoTraining:
         """Train all of them, then take part in the other ranks' collectives until they are done, too.
 
         Args:
-            retire: called with each expert that is done and its best row ``[n]``; in the background, if unfinished
-                ones are kept, after the state of those beside it has been written.
+            retire: called, on the first of the replicas, with each expert that is done and its best row ``[n]``;
+                in the background, if unfinished ones are kept, after those beside it have been written.
             stop: asked after each turn; if so, what is unfinished is kept and no further turn is taken.
 
         Returns:
@@ -79,7 +86,7 @@ class CoTraining:
                 kept = self.unfinished.choose(len(self.slots.names)) if self.unfinished else {}
                 while self.fill(retire, kept):
                     on_turn(self.turn())
-                    if self._after_turn(retire, stop()):
+                    if self._after_turn(retire, bool(self._largest(stop()))):
                         break
                 if self.unfinished:
                     self.unfinished.background.wait()
@@ -110,6 +117,8 @@ class CoTraining:
         row = self._result(trainee)
 
         def work() -> None:
+            if not self.replicas.first:
+                return
             retire(trainee, row)
             if self.unfinished:
                 self.unfinished.files.remove(trainee.name)
@@ -145,7 +154,8 @@ class CoTraining:
         if self.unfinished and step:
             self.unfinished.load(step, slot, trainee, self.slots, self.optimizer)
         if trainee.done:
-            # Its job ended between its last step and the pool.
+            # Its job ended between its last step and the pool. No replica has its file still to read.
+            self._largest(0)
             self._retiring(trainee, retire)()
         else:
             self._active[slot] = trainee
@@ -156,11 +166,11 @@ class CoTraining:
         # An expert that has just failed may fail again, and a forward that it shares spreads its NaN: zero weights
         # do not hide it from the others in grouped products.
         apart = {slot for slot, trainee in self._active.items() if trainee.progress.failing}
-        losses, norms = self._gradients(chosen, micro_batches(chosen, self.packing, apart))
+        losses, norms = self._gradients(chosen, apart)
         bad = {slot for slot in chosen if not all_finite([losses[slot], norms[slot]])}
         if bad - apart:
             # Find out who it was: once more, each by itself.
-            losses, norms = self._gradients(chosen, micro_batches(chosen, self.packing, set(chosen)))
+            losses, norms = self._gradients(chosen, set(chosen))
             bad = {slot for slot in chosen if not all_finite([losses[slot], norms[slot]])}
         updates = {
             slot: trainee.recipe.update(trainee.progress.step)
@@ -175,23 +185,54 @@ class CoTraining:
         return Turn(list(losses.values()), list(norms.values()), rates)
 
     def _gradients(
-        self, chosen: Mapping[int, Sequence[Encoded]], micros: Sequence[MicroBatch]
+        self, chosen: Mapping[int, Sequence[Encoded]], apart: Collection[int]
     ) -> tuple[dict[int, float], dict[int, float]]:
         """Set the slots' gradients; returns each slot's loss and gradient norm."""
         targets = {slot: sum(len(item.answer) for item in items) for slot, items in chosen.items()}
         for slot in chosen:
             self.slots.grads[slot].zero_()
-        nll = [self.runner.train(micro, [1 / targets[slot] for slot in micro.slots]) for micro in micros]
-        losses = dict.fromkeys(chosen, 0.0)
-        # One host sync for all micro-batches.
-        for slot, value in zip((s for micro in micros for s in micro.slots), torch.cat(nll).tolist(), strict=True):
-            losses[slot] += value / targets[slot]
+
+        def train(micro: MicroBatch) -> torch.Tensor:
+            return self.runner.train(micro, [1 / targets[slot] for slot in micro.slots])
+
+        nll = self._nll(chosen, apart, train)
+        # Slots between them that are idle have gradients of zero.
+        self.replicas.sum(self.slots.grads[min(chosen) : max(chosen) + 1])
+        losses = {slot: value / targets[slot] for slot, value in nll.items()}
         return losses, row_norms(self.slots.grads, list(chosen))
+
+    def _nll(
+        self,
+        chosen: Mapping[int, Sequence[Encoded]],
+        apart: Collection[int],
+        run: Callable[[MicroBatch], torch.Tensor],
+    ) -> dict[int, float]:
+        """Run the forwards of these rows, the replicas their parts; returns each slot's nll over all of them."""
+        mine = {slot: self.replicas.part(items, slot) for slot, items in chosen.items()}
+        micros = micro_batches({slot: items for slot, items in mine.items() if items}, self.packing, apart)
+        # Before the sums, as a sharded base may need this rank in the forwards of one that has more of them.
+        more = self._largest(len(micros)) - len(micros) if self.runner.frozen.lockstep else 0
+        found = [run(micro) for micro in micros]
+        for _ in range(more):
+            self.runner.idle()
+        nll = dict.fromkeys(chosen, 0.0)
+        if found:
+            # One host sync for all micro-batches.
+            values = torch.cat(found).tolist()
+            for slot, value in zip((s for micro in micros for s in micro.slots), values, strict=True):
+                nll[slot] += value
+        if self.replicas.count > 1:
+            summed = torch.tensor(list(nll.values()), dtype=torch.float64, device=self.slots.grads.device)
+            nll = dict(zip(nll, self.replicas.sum(summed).tolist(), strict=True))
+        return nll
+
+    def _largest(self, value: int) -> int:
+        return self.replicas.largest(value, self.slots.grads.device)
 
     def mean_loss(self, slot: int, examples: Sequence[Encoded]) -> float:
         """Nats per target token of one slot's expert over ``examples``, by itself."""
-        nll = [self.runner.score(micro) for micro in micro_batches({slot: examples}, self.packing)]
-        return float(torch.cat(nll).sum()) / sum(len(item.answer) for item in examples)
+        nll = self._nll({slot: examples}, (), self.runner.score)
+        return nll[slot] / sum(len(item.answer) for item in examples)
 
     def _result(self, trainee: Trainee) -> torch.Tensor:
         if trainee.best is not None:

@@ -1,7 +1,7 @@
 """The stages ``train-experts`` and ``train-gates``: one job trains what the pool lacks, many experts at a time.
 
-Each rank trains the experts of its own tasks. Idempotent per expert: what the pool already holds is left alone, so
-a second start does only what is missing.
+Each rank trains the experts of its own tasks, with replicas where these are too few or too unequal for the ranks.
+Idempotent per expert: what the pool already holds is left alone, so a second start does only what is missing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
 from glider_dist.model.sites import linear_sites, peft_targets
+from glider_dist.parallel.replicas import Replicas
 from glider_dist.pool.adapter import SiteLora, check_finite, inspect_adapter, write_adapter
 from glider_dist.pool.lock import hold_all
 from glider_dist.pool.names import check_name
@@ -50,7 +51,7 @@ def train_experts(job: Job) -> None:
         there.check_base(job.fingerprint)
     lora, cfg = job.cfg.lora, job.cfg
     chosen = linear_sites(job.base.model, lora.targets)
-    mine = prepare(job, todo, "expert")
+    share = prepare(job, todo, "expert")
     pool = job.create_pool()
     targets = peft_targets(chosen, job.base.model)
     task_type = "SEQ_2_SEQ_LM" if job.collator.seq2seq else "CAUSAL_LM"
@@ -84,7 +85,7 @@ def train_experts(job: Job) -> None:
     def facts(name: str) -> Facts:
         return {**task_facts(task_of[name]), **_base_facts(job), "lora": digest(lora)}
 
-    _train(job, "expert", mine, slots, store, facts)
+    _train(job, "expert", *share, slots, store, facts)
 
 
 def train_gates(job: Job) -> None:
@@ -107,7 +108,7 @@ def train_gates(job: Job) -> None:
         sites_of[task.name] = set(info.shapes)
         ranks |= {site: max(rank, ranks.get(site, 0)) for site, rank in info.ranks.items()}
     shapes = {site: shape for site, shape in known.items() if site in ranks}
-    mine = prepare(job, todo, "gate")
+    share = prepare(job, todo, "gate")
 
     def slots(count: int) -> GateSlots:
         def read(name: str) -> dict[str, SiteLora]:
@@ -133,7 +134,7 @@ def train_gates(job: Job) -> None:
     def facts(name: str) -> Facts:
         return {**task_facts(task_of[name]), **_base_facts(job), "the expert itself": digest(files[name])}
 
-    _train(job, "gate", mine, slots, store, facts)
+    _train(job, "gate", *share, slots, store, facts)
 
 
 def _base_facts(job: Job) -> Facts:
@@ -159,11 +160,12 @@ def _train(
     job: Job,
     kind: str,
     mine: Sequence[Trainee],
+    replicas: Replicas,
     make: Callable[[int], S],
     store: Callable[[S, Trainee, torch.Tensor], None],
     facts: Callable[[str], Facts],
 ) -> None:
-    """Train this rank's experts or gates, store each when it is done and report on all ranks'.
+    """Train this rank's experts or gates with its replicas, store each when it is done and report on all ranks'.
 
     Args:
         make: slots for so many.
@@ -181,12 +183,15 @@ def _train(
     depends = {trainee.name: facts_of(trainee, **facts(trainee.name)) for trainee in mine}
     files = Checkpoints(checkpoint_folder(job, kind), train.keep_last)
     interval = Interval(train.save_steps, train.save_minutes)
-    unfinished = Unfinished(files, depends, interval, (ranks.rank, ranks.world))
+    unfinished = Unfinished(files, depends, interval, replicas)
     ranks.together(unfinished.check)
-    locks = ranks.together(lambda: hold_all(job.pool_path, [trainee.name for trainee in mine]))
-    note_shares(job, kind, mine)
-    loop = CoTraining(runner, mine, packing, unfinished)
+    names = [trainee.name for trainee in mine if replicas.first]
+    locks = ranks.together(lambda: hold_all(job.pool_path, names))
+    note_shares(job, kind, mine, replicas)
+    loop = CoTraining(runner, mine, packing, unfinished, replicas)
     if ranks.is_main:
+        if replicas.count > 1:
+            log.info("%d ranks train each %s together, each on its part of the rows", replicas.count, kind)
         log.info(
             "up to %d %ss at a time on a rank, %.1f MB each in training (%.1f of them AdamW moments), "
             "beside %.0f MB of the base",
@@ -211,5 +216,5 @@ def _train(
     bar.close()
     job.stop.agree(not done)
     ranks.on_main(lambda: (files.folder / SHARES).unlink(missing_ok=True))
-    report(job, kind, mine, runner, time.perf_counter() - started)
+    report(job, kind, mine if replicas.first else [], runner, time.perf_counter() - started)
     assert not any(parameter.requires_grad for parameter in model.parameters())

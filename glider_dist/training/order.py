@@ -38,3 +38,21 @@ def share_out(costs: Sequence[float], ranks: int) -> list[list[int]]:
         loads[rank] += costs[index]
         shares[rank].append(index)
     return shares
+
+
+def replicas_for(costs: Sequence[float], world: int, rows: int) -> int:
+    """Ranks that train each expert together: the fewest with which the busiest has at most half more to do than
+    the mean. More than needed would split rows that fill a forward, and move gradients.
+
+    Args:
+        costs: of the experts.
+        world: ranks; the result divides it.
+        rows: of a step, at most so many replicas; none is without rows then.
+    """
+    mean = sum(costs) / world
+    fitting = [count for count in range(1, world + 1) if world % count == 0 and count <= rows]
+    for count in fitting:
+        busiest = max(sum(costs[i] for i in part) for part in share_out(costs, world // count)) / count
+        if busiest <= 1.5 * mean:
+            return count
+    return fitting[-1]

@@ -13,20 +13,21 @@ from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
 from glider_dist.model.batch import Encoded
+from glider_dist.parallel.replicas import Replicas, check_replicas, divide
 from glider_dist.pool.files import read_json, write_json
 from glider_dist.tasks.prompt import answer, prompt
 from glider_dist.tasks.task import Task
 from glider_dist.training.checkpoint import Checkpoints
-from glider_dist.training.order import share_out
+from glider_dist.training.order import replicas_for, share_out
 from glider_dist.training.trainee import Recipe, Trainee
 from glider_dist.training.unfinished import Facts, digest
 
 CHECKPOINTS, SHARES = "checkpoints", "shares.json"
 
 
-def prepare(job: Job, tasks: Sequence[Task], kind: str) -> list[Trainee]:
-    """This rank's share of the tasks, such that all ranks train on about the same number of tokens; where a job of
-    as many ranks was broken off, as it had shared them out.
+def prepare(job: Job, tasks: Sequence[Task], kind: str) -> tuple[list[Trainee], Replicas]:
+    """This rank's share of the tasks, such that all ranks train on about the same number of tokens, and who trains
+    them with it; where a job of as many ranks was broken off, as it had shared them out.
 
     Each rank reads and encodes a part of the tasks to learn what they cost, and then the ones that it trains.
 
@@ -34,8 +35,11 @@ def prepare(job: Job, tasks: Sequence[Task], kind: str) -> list[Trainee]:
         kind: "expert" or "gate".
 
     Raises:
-        GliderError: on all ranks, for the first task whose settings or examples are wrong.
+        GliderError: on all ranks, for the first task whose settings or examples are wrong, or if
+            ``train.replicas`` does not divide the ranks.
     """
+    world, asked = job.ranks.world, job.cfg.train.replicas
+    check_replicas(asked or 1, world)
     recipes = {task.name: _recipe(job, task, kind == "gate") for task in tasks}
     known: dict[str, Trainee] = {}
     problem = ""
@@ -49,34 +53,43 @@ def prepare(job: Job, tasks: Sequence[Task], kind: str) -> list[Trainee]:
         if found:
             raise GliderError(found)
         costs |= part
-    shares = _shares_before(job, kind, set(recipes))
-    if shares is None:
-        names = [task.name for task in tasks]
-        shares = [[names[i] for i in part] for part in share_out([costs[name] for name in names], job.ranks.world)]
+    before = _shares_before(job, kind, set(recipes))
+    if before is None:
+        names = list(recipes)
+        sizes = [costs[name] for name in names]
+        count = asked or replicas_for(sizes, world, min(recipe.batch_size for recipe in recipes.values()))
+        before = count, [[names[i] for i in part] for part in share_out(sizes, world // count)]
+    count, shares = before
+    replicas = divide(job.ranks, count)
     task_of = {task.name: task for task in tasks}
-    return [known.get(name) or _trainee(job, task_of[name], recipes[name]) for name in shares[job.ranks.rank]]
+    mine = shares[replicas.team]
+    return [known.get(name) or _trainee(job, task_of[name], recipes[name]) for name in mine], replicas
 
 
-def _shares_before(job: Job, kind: str, names: set[str]) -> list[list[str]] | None:
+def _shares_before(job: Job, kind: str, names: set[str]) -> tuple[int, list[list[str]]] | None:
+    """Replicas and shares of an earlier start that fit this one, or None."""
     path = checkpoint_folder(job, kind) / SHARES
 
     def read() -> dict[str, Any]:
         # Rank 0 alone, since it may write the file before a slower rank has looked for it.
         return read_json(path, "delete it") if job.ranks.is_main and path.exists() else {}
 
-    shares = job.ranks.gather(job.ranks.together(read))[0].get("shares", [])
-    if len(shares) != job.ranks.world or not names <= {name for share in shares for name in share}:
+    found = job.ranks.gather(job.ranks.together(read))[0]
+    shares, count = found.get("shares", []), found.get("replicas", 1)
+    if len(shares) * count != job.ranks.world or job.cfg.train.replicas not in (None, count):
         return None
-    return [[name for name in share if name in names] for share in shares]
+    if not names <= {name for share in shares for name in share}:
+        return None
+    return count, [[name for name in share if name in names] for share in shares]
 
 
-def note_shares(job: Job, kind: str, mine: Sequence[Trainee]) -> None:
+def note_shares(job: Job, kind: str, mine: Sequence[Trainee], replicas: Replicas) -> None:
     """Write down who trains what, for a start after this one."""
-    shares = job.ranks.gather([trainee.name for trainee in mine])
+    shares = job.ranks.gather([trainee.name for trainee in mine])[:: replicas.count]
     path = checkpoint_folder(job, kind) / SHARES
     before = _shares_before(job, kind, {name for share in shares for name in share})
     if before is None:
-        job.ranks.on_main(lambda: write_json(path, {"shares": shares}))
+        job.ranks.on_main(lambda: write_json(path, {"replicas": replicas.count, "shares": shares}))
 
 
 def forget_done(job: Job, kind: str, done: Iterable[str]) -> None:

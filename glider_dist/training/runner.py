@@ -11,7 +11,7 @@ import torch
 from glider_dist.lora.bank import SiteBank
 from glider_dist.model.attach import assign_experts, context_of, detach, install
 from glider_dist.model.batch import Batch, Collator, target_nll
-from glider_dist.model.engine import BACKWARD, FORWARD, IDLE, FrozenBase
+from glider_dist.model.engine import BACKWARD, FORWARD, IDLE, STOP, FrozenBase
 from glider_dist.model.recompute import recomputed
 from glider_dist.training.batches import MicroBatch
 from glider_dist.training.slots import Slots
@@ -87,13 +87,17 @@ class Runner:
         kind = self.frozen.turn(FORWARD)
         return self._forward_as(kind, self.collator.batch(micro.items), micro.lo, micro.hi, self._experts(micro))
 
+    def idle(self) -> None:
+        """Take part in one forward of the other ranks, if the base is sharded."""
+        if (kind := self.frozen.turn(IDLE)) not in (IDLE, STOP):
+            self._dummy(kind)
+
     def finish(self) -> None:
         """Take part in the other ranks' collectives until they are done, too."""
+        self.frozen.drain(self._dummy)
 
-        def dummy(kind: int) -> None:
-            self._forward_as(kind, self.collator.dummy(), 0, 1, torch.zeros(1, dtype=torch.int64))
-
-        self.frozen.drain(dummy)
+    def _dummy(self, kind: int) -> None:
+        self._forward_as(kind, self.collator.dummy(), 0, 1, torch.zeros(1, dtype=torch.int64))
 
     def _forward_as(self, kind: int, batch: Batch, lo: int, hi: int, expert_B: torch.Tensor) -> torch.Tensor:
         assert kind != IDLE

@@ -21,6 +21,7 @@ import torch
 
 from glider_dist.errors import GliderError
 from glider_dist.model.batch import Encoded
+from glider_dist.parallel.replicas import SINGLE, Replicas
 from glider_dist.training.adamw import StackedAdamW
 from glider_dist.training.background import Background
 from glider_dist.training.checkpoint import Checkpoints, Damaged
@@ -64,24 +65,30 @@ class Unfinished:
 
     Attributes:
         facts: by name, of every expert that this rank trains.
-        place: rank and world.
+        replicas: who trains them with this rank; the first of them writes.
     """
 
     def __init__(
-        self, files: Checkpoints, facts: Mapping[str, Facts], interval: Interval, place: tuple[int, int] = (0, 1)
+        self, files: Checkpoints, facts: Mapping[str, Facts], interval: Interval, replicas: Replicas = SINGLE
     ):
         self.files = files
         self.facts = facts
-        self.place = list(place)
+        self.replicas = replicas
         self.interval = interval
         self.background = Background()
         self._turn = self._saved = 0
         self._last = time.monotonic()
 
+    @property
+    def _place(self) -> list[int]:
+        return [self.replicas.team, self.replicas.teams]
+
     def due(self) -> bool:
         """Ask after every turn. Raises GliderError if an earlier save has failed."""
         self.background.check()
         self._turn += 1
+        if not self.replicas.first:
+            return False
         late = time.monotonic() - self._last >= 60 * self.interval.minutes
         return (late or self._turn - self._saved >= self.interval.steps) and not self.background.busy
 
@@ -93,6 +100,8 @@ class Unfinished:
         then: Sequence[Callable[[], Any]] = (),
     ) -> None:
         """Copy every expert that is in a slot, and write the copies in the background, ``then`` do that."""
+        if not self.replicas.first:
+            return
         beside = {trainee.name: [slot, trainee.progress.step] for slot, trainee in active.items()}
         writes = [self._write(slot, trainee, beside, slots, optimizer) for slot, trainee in sorted(active.items())]
         self.background.submit(*writes, *then)
@@ -115,7 +124,7 @@ class Unfinished:
             "facts": self.facts[trainee.name],
             # Serialised now: the lists in it go on growing.
             "progress": json.dumps(asdict(trainee.progress)),
-            "place": self.place,
+            "place": self._place,
             "turn": self._turn,
             "beside": beside,
         }
@@ -140,7 +149,7 @@ class Unfinished:
     def choose(self, slots: int) -> dict[str, tuple[int, int | None]]:
         """The step at which each expert goes on, and its slot if it is to have a certain one.
 
-        If this rank of a job with as many ranks saved experts side by side, these; else each its newest good file.
+        If these ranks of a job with as many saved experts side by side, these; else each its newest good file.
         """
         good: dict[tuple[str, int], bool] = {}
 
@@ -159,7 +168,7 @@ class Unfinished:
                 log.warning("no checkpoint of %s is good; its training starts anew", name)
             for record in (self.files.record(name, step) for step in steps):
                 beside = {other: place for other, place in record["beside"].items() if other in self.facts}
-                if record["place"] == self.place and all(is_good(other, at) for other, (_, at) in beside.items()):
+                if record["place"] == self._place and all(is_good(other, at) for other, (_, at) in beside.items()):
                     sets.append((record["turn"], sorted(beside.items())))
         if sets:
             self._turn, latest = max(sets)
