@@ -77,6 +77,11 @@ class TrainConfig:
     patience: int | None = _positive(
         None, "validations in a row without a better loss that end an expert's training; None: no early stop"
     )
+    moments: str = _setting(
+        "device",
+        "where AdamW's moments live; host: less memory on a GPU, more time",
+        ("device", "host"),
+    )
     save_steps: int = _positive(100, "keep unfinished experts in run_dir/checkpoints every so many steps")
     save_minutes: float = _positive(10.0, "and at the latest after so many minutes")
     keep_last: int = _positive(2, "checkpoints kept of each expert; an older one serves if the newest is damaged")
@@ -170,6 +175,10 @@ class Config:
     dtype: str = _setting(
         "auto", "dtype of the base model; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16")
     )
+    base_bits: int | None = _setting(
+        None,
+        "8 or 4: the base's linear layers with so many bits a weight, by bitsandbytes; None: as dtype says",
+    )
     zero_stage: int = _setting(
         0, "3: the base sharded over the ranks; 1, 2, 3: of train-joint also optimizer, gradients, experts"
     )
@@ -208,6 +217,10 @@ class Config:
         _check_numbers(self)
         if self.zero_stage not in (0, 1, 2, 3):
             raise GliderError(f"zero_stage is {self.zero_stage}, but must be 0, 1, 2 or 3")
+        if self.base_bits not in (None, 4, 8):
+            raise GliderError(f"base_bits is {self.base_bits}, but must be 4 or 8")
+        if self.base_bits and self.zero_stage == 3:
+            raise GliderError("base_bits and zero_stage=3 exclude each other; a quantised base is not sharded")
         if not 0 <= self.joint.expert_dropout < 1:
             raise GliderError(f"joint.expert_dropout is {self.joint.expert_dropout}, but must lie in [0, 1)")
         if self.tasks.shard is not None:

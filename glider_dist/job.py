@@ -54,7 +54,7 @@ class Job:
     @cached_property
     def base(self) -> BaseModel:
         with self.main_first():
-            base = load_base(self.cfg.base, self.cfg.dtype, str(self.ranks.device))
+            base = load_base(self.cfg.base, self.cfg.dtype, str(self.ranks.device), self.cfg.base_bits)
         log.info("base %s on %s, %s", base.source, base.device, base.reason)
         return base
 

@@ -18,6 +18,7 @@ from glider_dist.errors import Stopped
 from glider_dist.job import Job
 from glider_dist.model.engine import FrozenBase
 from glider_dist.parallel.ranks import ALONE, Ranks
+from glider_dist.parallel.replicas import Replicas
 from glider_dist.parallel.stopping import _KEY, StopWish
 from glider_dist.settings import read_config
 from glider_dist.training import joint
@@ -57,7 +58,7 @@ class Patient(Unfinished):
 def keeper(folder: Path, names: Sequence[str], ranks: Ranks, **recipe: Any) -> Unfinished:
     """Saves after every turn."""
     facts = {name: facts_of(worker.trainee(name, **recipe_of(name, recipe))) for name in names}
-    return Patient(Checkpoints(folder), facts, Interval(1, 60.0), (ranks.rank, ranks.world))
+    return Patient(Checkpoints(folder), facts, Interval(1, 60.0), Replicas(ranks.rank, ranks.world))
 
 
 def recipe_of(name: str, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -40,13 +40,14 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torc
 # The optimizer ----------------------------------------------------------------------------------------------
 
 
-def test_each_expert_gets_what_torch_adamw_gives_it_alone():
+@pytest.mark.parametrize("host", [False, True])
+def test_each_expert_gets_what_torch_adamw_gives_it_alone(host):
     experts, width, steps = 5, 1000, 40
     weights = draw(experts, width)
     parameters = [weights[row].clone().requires_grad_() for row in range(experts)]
     decays, norms = [0.0, 0.1, 0.0, 0.3, 0.1], [0.0, 1.0, 30.0, 1e9, 5.0]
     reference = [torch.optim.AdamW([p], weight_decay=decays[row], eps=1e-8) for row, p in enumerate(parameters)]
-    optimizer = StackedAdamW(weights)
+    optimizer = StackedAdamW(weights, host)
     for step in range(steps):
         # Every expert sits out another share of the steps.
         rows = [row for row in range(experts) if step % (row + 2) or row == 0]

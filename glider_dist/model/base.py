@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,6 +25,7 @@ from glider_dist.errors import GliderError
 from glider_dist.model.cache import weights_hash
 from glider_dist.model.download import smollm2_folder
 from glider_dist.model.gguf import first_line, gguf_folder
+from glider_dist.model.quantised import quantisation, use_plain_kernels
 
 OFFLINE_DEFAULT = "smollm2-135m"
 TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
@@ -59,7 +61,7 @@ class BaseModel:
         return weights_hash(folder)
 
 
-def load_base(base: str, dtype: str = "auto", device: str = "auto") -> BaseModel:
+def load_base(base: str, dtype: str = "auto", device: str = "auto", bits: int | None = None) -> BaseModel:
     """Load a causal or encoder-decoder language model, frozen, in eval mode, with its tokenizer.
 
     The tokenizer has a pad token (the end token where it had none) and pads causal models on the left.
@@ -69,19 +71,25 @@ def load_base(base: str, dtype: str = "auto", device: str = "auto") -> BaseModel
             already in the Hugging Face cache is taken from there without asking the hub.
         dtype: ``auto``, ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where the device is fast in it.
         device: ``auto`` (the current CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+        bits: 8 or 4 to quantise the linear layers but the head to so many a weight.
 
     Raises:
-        GliderError: the base cannot be found, fetched or read, ``dtype`` is unknown, or the device absent.
+        GliderError: the base cannot be found, fetched or read, ``dtype`` is unknown, or the device or the library
+            for ``bits`` absent.
     """
     target = _choose_device(device)
     chosen, reason = choose_dtype(dtype, target)
+    how = _How(chosen, target, quantisation(bits, chosen) if bits else None)
+    reason += f"; linear layers in {bits} bits" if bits else ""
     source = _resolve(base)
     if Path(source).is_dir():
-        model, tokenizer = _load(source, chosen, target, local_only=True)
+        model, tokenizer = _load(source, how, local_only=True)
     else:
-        model, tokenizer = _load_from_hub(source, chosen, target)
+        model, tokenizer = _load_from_hub(source, how)
     model.requires_grad_(False).eval()
     tune(model, target)
+    if bits == 4 and target.type == "cpu":
+        use_plain_kernels(model)
     _set_padding(model, tokenizer, source)
     return BaseModel(model, tokenizer, chosen, target, source, reason)
 
@@ -177,16 +185,14 @@ def _resolve(base: str) -> str:
     return base
 
 
-def _load_from_hub(
-    name: str, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_from_hub(name: str, how: _How) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if isinstance(_cached_config(name), str):
         try:
-            return _load(name, dtype, device, local_only=True)
+            return _load(name, how, local_only=True)
         except GliderError:
             pass  # only a part of it is cached
     _ask_hub(name)
-    return _load(name, dtype, device, local_only=False)
+    return _load(name, how, local_only=False)
 
 
 def fetch_base(base: str) -> str:
@@ -231,17 +237,23 @@ def _cached_config(name: str) -> object:
         return None
 
 
-def _load(
-    source: str, dtype: torch.dtype, device: torch.device, local_only: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@dataclass(frozen=True)
+class _How:
+    dtype: torch.dtype
+    device: torch.device
+    quantisation: BitsAndBytesConfig | None
+
+
+def _load(source: str, how: _How, local_only: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # On a GPU the weights go there straight from the file, without a copy in each process's memory.
-    device_map = device if device.type == "cuda" else None
+    device_map = how.device if how.device.type == "cuda" or how.quantisation else None
+    quantised = {"quantization_config": how.quantisation} if how.quantisation else {}
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=local_only)
         auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
         model = auto.from_pretrained(
-            source, config=config, dtype=dtype, device_map=device_map, local_files_only=local_only
+            source, config=config, dtype=how.dtype, device_map=device_map, local_files_only=local_only, **quantised
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise GliderError(

@@ -14,6 +14,7 @@ from glider_dist.errors import GliderError
 from glider_dist.model.base import BaseModel
 from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.engine import FrozenBase, gathered_bytes, shard_bytes
+from glider_dist.model.quantised import quantised_bytes
 from glider_dist.model.sites import linear_sites
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement, place
@@ -90,7 +91,8 @@ class Target:
         """What the frozen base takes on a rank."""
         model = self.base.model
         if not self.sharded:
-            return {"base": self.frozen.nbytes}
+            bits = self.cfg.base_bits
+            return {"base": quantised_bytes(model, bits) if bits else self.frozen.nbytes}
         return {"base": shard_bytes(model, self.world), "base, gathered": gathered_bytes(model)}
 
     def index_bytes(self) -> int:

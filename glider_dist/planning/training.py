@@ -44,6 +44,7 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
     rows: list[Encoded] = [target.row()] * -(-recipe.batch_size // replicas)
     micros = micro_batches(dict.fromkeys(range(count), rows), packing)
     largest = max(micros, key=lambda micro: (len(micro.items), micro.hi - micro.lo))
+    moved_moments = train.moments == "host"
     step = measured(target.base.model, lambda: _measure(target, largest, count, gate))
     plan = StagePlan(stage)
     idle = max(0, target.world - replicas * len(target.experts.names))
@@ -58,11 +59,13 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
     plan.memory = {
         **target.base_bytes(),
         "experts, gates, their gradients": count * slots.bytes_per_expert,
-        "AdamW moments": count * optimizer.bytes_per_expert,
+        "AdamW moments": (1 if moved_moments else count) * optimizer.bytes_per_expert,
         "activations, logits": step.peak,
         "reserve (estimated)": target.reserve,
     }
     plan.host = {"best weights so far": count * slots.weights.nbytes // len(slots.names)}
+    if moved_moments:
+        plan.host["AdamW moments"] = count * optimizer.bytes_per_expert
     one = compute_seconds(target, step.flops)
     moved, moving = sharded_traffic(target, backward=True)
     turn = len(micros) * max(one, moving)
@@ -74,6 +77,8 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
         "the stage": seconds(turn * turns),
     }
     ways = ways_to_save(target, len(largest.items))
+    if not moved_moments:
+        ways.append("keep AdamW's moments on the host (train.moments=host)")
     if count > 1:
         ways.append(f"train fewer at a time (train.experts_in_flight={count // 2})")
     plan.check(cfg.plan.device_gb, ways)

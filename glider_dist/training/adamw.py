@@ -43,14 +43,21 @@ class StackedAdamW:
     expert of 4.9 million fp32 parameters on one core, against 20 ms with plain operations in chunks that fit the
     cache and 40 ms with ``foreach``.
 
+    Args:
+        host: keep the moments in the host's memory; each row's then come to the device for its update and go back,
+            ``4 n`` numbers over the bus a step.
+
     Attributes:
         mean, square: ``[e, n]`` first and second moments, in the dtype of the weights.
         steps: ``[e]`` fp32, the updates that each row has had.
     """
 
-    def __init__(self, weights: torch.Tensor):
-        self.mean = torch.zeros_like(weights)
-        self.square = torch.zeros_like(weights)
+    def __init__(self, weights: torch.Tensor, host: bool = False):
+        self.host = host
+        device = torch.device("cpu") if host else weights.device
+        pinned = host and weights.is_cuda
+        self.mean = torch.zeros_like(weights, device=device, pin_memory=pinned)
+        self.square = torch.zeros_like(weights, device=device, pin_memory=pinned)
         self.steps = torch.zeros(weights.shape[0], device=weights.device)
 
     @property
@@ -79,22 +86,32 @@ class StackedAdamW:
                 grads[row].mul_(factor)
             groups.setdefault((update.learning_rate, update.weight_decay), []).append(row)
         for (learning_rate, weight_decay), rows in groups.items():
-            adamw(
-                [weights[row] for row in rows],
-                [grads[row] for row in rows],
-                [self.mean[row] for row in rows],
-                [self.square[row] for row in rows],
-                [],
-                [self.steps[row] for row in rows],
-                fused=True,
-                amsgrad=False,
-                beta1=BETAS[0],
-                beta2=BETAS[1],
-                lr=learning_rate,
-                weight_decay=weight_decay,
-                eps=EPS,
-                maximize=False,
-            )
+            # Those of one row at a time are on the device, if they live on the host.
+            for part in [[row] for row in rows] if self.host else [rows]:
+                mean, square = self._moments(part, weights.device)
+                adamw(
+                    [weights[row] for row in part],
+                    [grads[row] for row in part],
+                    mean,
+                    square,
+                    [],
+                    [self.steps[row] for row in part],
+                    fused=True,
+                    amsgrad=False,
+                    beta1=BETAS[0],
+                    beta2=BETAS[1],
+                    lr=learning_rate,
+                    weight_decay=weight_decay,
+                    eps=EPS,
+                    maximize=False,
+                )
+                if self.host:
+                    self.mean[part[0]].copy_(mean[0])
+                    self.square[part[0]].copy_(square[0])
+
+    def _moments(self, rows: Sequence[int], device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        mean, square = ([moment[row].to(device) for row in rows] for moment in (self.mean, self.square))
+        return mean, square
 
 
 def row_norms(grads: torch.Tensor, rows: Sequence[int]) -> dict[int, float]:

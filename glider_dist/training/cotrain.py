@@ -52,11 +52,12 @@ class CoTraining:
         packing: Packing,
         unfinished: Unfinished | None = None,
         replicas: Replicas = SINGLE,
+        moments: str = "device",
     ):
         self.runner = runner
         self.replicas = replicas
         self.slots = runner.slots
-        self.optimizer = StackedAdamW(self.slots.weights)
+        self.optimizer = StackedAdamW(self.slots.weights, host=moments == "host")
         self.packing = packing
         self.unfinished = unfinished
         # Neighbours in slots share forwards, so let them be of like length.

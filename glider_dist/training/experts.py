@@ -67,7 +67,7 @@ def train_experts(job: Job) -> None:
             "task": task.name,
             "definition": task.definition,
             "category": task.category,
-            "training": {"rank": lora.rank, "alpha": lora.alpha, **trainee.record()},
+            "training": {"rank": lora.rank, "alpha": lora.alpha, "base_bits": cfg.base_bits, **trainee.record()},
             "scores": {"validation_loss": trainee.progress.best_loss} if trainee.best is not None else {},
         }
 
@@ -138,7 +138,8 @@ def train_gates(job: Job) -> None:
 
 
 def _base_facts(job: Job) -> Facts:
-    return {"the base": digest(job.fingerprint), "dtype": str(job.base.dtype)}
+    bits = {"base_bits": str(job.cfg.base_bits)} if job.cfg.base_bits else {}
+    return {"the base": digest(job.fingerprint), "dtype": str(job.base.dtype), **bits}
 
 
 def _dtype(job: Job) -> torch.dtype:
@@ -188,7 +189,7 @@ def _train(
     names = [trainee.name for trainee in mine if replicas.first]
     locks = ranks.together(lambda: hold_all(job.pool_path, names))
     note_shares(job, kind, mine, replicas)
-    loop = CoTraining(runner, mine, packing, unfinished, replicas)
+    loop = CoTraining(runner, mine, packing, unfinished, replicas, train.moments)
     if ranks.is_main:
         if replicas.count > 1:
             log.info("%d ranks train each %s together, each on its part of the rows", replicas.count, kind)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
+from glider_dist.model.quantised import weight_count
 from glider_dist.training.runner import Runner
 from glider_dist.training.trainee import Trainee
 
@@ -34,7 +35,7 @@ def report(job: Job, kind: str, mine: Sequence[Trainee], runner: Runner, seconds
     job.run.quantiles(f"{kind}/validation_loss", [row[2] for row in everything])
     job.run.quantiles(f"{kind}/tokens", [row[3] for row in everything])
     rate, share = tokens / seconds, padding / max(1, padding + tokens)
-    flops = 4 * sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in job.frozen.model.parameters())
+    flops = 4 * weight_count(job.frozen.model)
     values = {
         "tokens_per_second": rate,
         "examples_per_second": examples / seconds,
