@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from glider_dist.config import Config, RouterConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.attach import attach_pool
-from glider_dist.model.base import BaseModel, choose_dtype, load_base
+from glider_dist.model.base import BaseModel, choose_dtype, load_base, prepare_base
 from glider_dist.model.batch import Collator
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import fingerprint
@@ -53,8 +53,14 @@ class Job:
 
     @cached_property
     def base(self) -> BaseModel:
-        with self.main_first():
-            base = load_base(self.cfg.base, self.cfg.dtype, str(self.ranks.device), self.cfg.base_bits)
+        cfg, device = self.cfg, str(self.ranks.device)
+        if cfg.zero_stage == 3 and self.ranks.world > 1:
+            with self.main_first():
+                prepare_base(cfg.base)
+            base = load_base(cfg.base, cfg.dtype, device, sharded=True)
+        else:
+            with self.main_first():
+                base = load_base(cfg.base, cfg.dtype, device, cfg.base_bits)
         log.info("base %s on %s, %s", base.source, base.device, base.reason)
         return base
 

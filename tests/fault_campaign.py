@@ -2,7 +2,8 @@
 
     python tests/fault_campaign.py FOLDER [FAULTS]
 
-Co-training of experts and gates, joint training and evaluation, on one and two ranks. Results go to
+Co-training of experts and gates, joint training and evaluation, with its embeddings from a service or without, on
+one and two ranks. Results go to
 FOLDER/faults.jsonl, a line a fault; a second start does the faults that are missing. Ranks are forked from a
 process that has imported everything, which makes a start cheap; they are processes of their own.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fault_jobs import JOBS, Launch, Place, clean, difference, prepare, reference, result_of, template
+from service_process import Service, start_service
 
 from glider_dist.errors import EXIT_STOPPED, GliderError
 from glider_dist.pool import ExpertPool
@@ -31,7 +33,7 @@ from glider_dist.training.checkpoint import Checkpoints
 
 FAULTS = (
     "kill one rank", "kill all ranks", "stop and continue", "SIGTERM", "SIGUSR1", "SIGUSR2",
-    "truncated file", "flipped bit", "full disk",
+    "truncated file", "flipped bit", "full disk", "dead service",
 )  # fmt: skip
 DAMAGE = ("truncated file", "flipped bit")
 ROUNDING = 1e-3
@@ -100,7 +102,28 @@ def damage(place: Place, fault: str, draw: random.Random) -> Path | None:
     return path
 
 
-def inject(place: Place, launch: Launch, fault: str, draw: random.Random) -> tuple[bool, int, Path | None]:
+class Embeddings:
+    """The embedding service of the served jobs, which may be killed; it remembers nothing."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.running = self._start(None)
+
+    def _start(self, port: int | None) -> Service:
+        return start_service(self.folder, "service.cache=off", port=port)
+
+    @property
+    def url(self) -> str:
+        return self.running.url
+
+    def kill_and_start(self) -> None:
+        self.running.end()
+        self.running = self._start(int(self.url.rpartition(":")[2]))
+
+
+def inject(
+    place: Place, launch: Launch, fault: str, service: Embeddings, draw: random.Random
+) -> tuple[bool, int, Path | None]:
     """Do it to a running job and wait for its end: whether it came in time, the exit code, what was damaged."""
     everyone = range(len(launch.processes))
     one = [draw.choice(everyone)]
@@ -109,6 +132,9 @@ def inject(place: Place, launch: Launch, fault: str, draw: random.Random) -> tup
         came = launch.send(signal.SIGSTOP, one)
         time.sleep(draw.uniform(0.1, 1.0))
         launch.send(signal.SIGCONT, one)
+    elif fault == "dead service":
+        came = launch.running
+        service.kill_and_start()
     elif fault.startswith("SIG"):
         came = launch.send(getattr(signal, fault), one)
     else:
@@ -121,7 +147,7 @@ def inject(place: Place, launch: Launch, fault: str, draw: random.Random) -> tup
 
 
 def try_fault(
-    number: int, place: Place, ranks: int, fault: str, seconds: float, draw: random.Random
+    number: int, place: Place, ranks: int, fault: str, seconds: float, service: Embeddings, draw: random.Random
 ) -> Fault | None:
     """Break the job off once, start it until it is done; None if it was done before the fault came."""
     output = place.folder / "output.txt"
@@ -140,7 +166,7 @@ def try_fault(
         moment = launch.started + draw.uniform(0.1, 1.0) * seconds
         while launch.running and time.monotonic() < moment:
             time.sleep(0.005)
-        came, code, damaged = inject(place, launch, fault, draw)
+        came, code, damaged = inject(place, launch, fault, service, draw)
     if not came:
         return None
     problem = ""
@@ -148,6 +174,8 @@ def try_fault(
         problem = f"exit code {code} after {fault}"
     if fault == "stop and continue" and code:
         problem = f"exit code {code} after a pause"
+    if fault == "dead service" and code:
+        problem = f"exit code {code} without the service"
     if fault == "full disk" and "No space left on device" not in output.read_text():
         problem = "the full disk was not told"
     lost, why = unreadable(place, damaged)
@@ -196,6 +224,16 @@ def campaign(root: Path, faults: int, tell: Callable[[str], Any] = print) -> lis
     base = root / "base"
     if not base.exists():
         save_tiny_base(base, tiny_causal())
+    service = Embeddings(root)
+    try:
+        return _do(root, faults, found, base, service, tell)
+    finally:
+        service.running.end()
+
+
+def _do(
+    root: Path, faults: int, found: list[Fault], base: Path, service: Embeddings, tell: Callable[[str], Any]
+) -> list[Fault]:
     templates = {job: template(root / f"template-{job}", job) for job in JOBS}
     references: dict[tuple[str, int], tuple[Any, float]] = {}
     number = len(found)
@@ -203,12 +241,13 @@ def campaign(root: Path, faults: int, tell: Callable[[str], Any] = print) -> lis
     while number < faults:
         draw = random.Random(f"{number}/{attempt}")
         fault, job, ranks = draw.choice(FAULTS), draw.choice(JOBS), draw.choice((1, 2))
+        job = "served" if fault == "dead service" else job
         if (job, ranks) not in references:
-            references[job, ranks] = reference(root, templates[job], job, ranks, base)
+            references[job, ranks] = reference(root, templates[job], job, ranks, base, service.url)
         expected, seconds = references[job, ranks]
-        place = prepare(templates[job], root / "job", job, base, fault == "full disk")
+        place = prepare(templates[job], root / "job", job, base, service.url, fault == "full disk")
         try:
-            one = try_fault(number, place, ranks, fault, seconds, draw)
+            one = try_fault(number, place, ranks, fault, seconds, service, draw)
             attempt += 1
             if one is None:
                 continue
@@ -218,7 +257,7 @@ def campaign(root: Path, faults: int, tell: Callable[[str], Any] = print) -> lis
             clean(place)
         number, attempt = number + 1, 0
         found.append(one)
-        with open(record, "a", encoding="utf-8") as file:
+        with open(root / "faults.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(vars(one)) + "\n")
         tell(f"{one.number}: {one.fault}, {job} on {ranks}: {one.starts} starts {one.difference:g} {one.problem}")
     return found

@@ -29,18 +29,22 @@ from small_jobs import (
 from glider_dist.errors import EXIT_STOPPED
 from glider_dist.testing import random_pool, tiny_causal
 
-JOBS = ("experts", "gates", "evaluation", "joint")
+JOBS = ("experts", "gates", "evaluation", "served", "joint")
+ANSWERS = ("evaluation", "served")
+"""Jobs that make answers, the others make tensors."""
 GRACE_S = 20.0
 
 
-def words_of(job: str, folder: Path, base: Path) -> list[str]:
-    """The command of a job."""
+def words_of(job: str, folder: Path, base: Path, service: str) -> list[str]:
+    """The command of a job; ``service`` is the address of the embeddings of one that is served."""
     stages = {"experts": "train-experts", "gates": "train-gates", "joint": "train-joint"}
     stage = stages.get(job, "evaluate")
     changes: dict[str, Any] = {
         "train__max_steps": 24, "train__gate_steps": 24, "train__eval_every": 8, "train__save_steps": 2,
         "evaluate__routers": "[base,merged,phatgoose]", "evaluate__batch_size": 4, "evaluate__save_minutes": 1e-3,
     }  # fmt: skip
+    if job == "served":
+        changes |= {"evaluate__routers": "[phatgoose,glider]", "service__url": service}
     if job == "joint":
         changes |= {"router__kind": "phatgoose", "zero_stage": 1, "train__learning_rate": 1e-3}
     return [stage, *settings(folder, base=base, **changes)]
@@ -97,11 +101,13 @@ class Launch:
         return any(process.is_alive() for process in self.processes)
 
     def wait(self, timeout: float = 300.0) -> int:
-        """The first bad exit code, or 0."""
+        """The code of a stop if any rank gave it, else that of the first rank that ended badly, or 0."""
         everyone = range(len(self.processes))
         asked, end = 0.0, time.monotonic() + timeout
+        first = 0
         while self.running and time.monotonic() < end:
-            if not asked and any(process.exitcode for process in self.processes):
+            first = first or next((process.exitcode for process in self.processes if process.exitcode), 0)
+            if not asked and first:
                 asked = time.monotonic()
                 self.send(signal.SIGTERM, everyone)
             if asked and time.monotonic() - asked > GRACE_S:
@@ -112,7 +118,7 @@ class Launch:
         for process in self.processes:
             process.join()
         codes = [process.exitcode or 0 for process in self.processes]
-        return next((code for code in codes if code == EXIT_STOPPED), next((code for code in codes if code), 0))
+        return EXIT_STOPPED if EXIT_STOPPED in codes else first or next((code for code in codes if code), 0)
 
 
 @dataclass
@@ -125,7 +131,7 @@ class Place:
     small: bool
 
 
-def prepare(template: Path, folder: Path, job: str, base: Path, small: bool) -> Place:
+def prepare(template: Path, folder: Path, job: str, base: Path, service: str, small: bool) -> Place:
     """A fresh copy of a job; ``small`` mounts a small file system at its run directory."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(template, folder)
@@ -134,7 +140,7 @@ def prepare(template: Path, folder: Path, job: str, base: Path, small: bool) -> 
     if small:
         mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(run_dir)]
         small = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    return Place(folder, job, words_of(job, folder, base), small)
+    return Place(folder, job, words_of(job, folder, base, service), small)
 
 
 def clean(place: Place) -> None:
@@ -145,14 +151,14 @@ def clean(place: Place) -> None:
 
 def result_of(place: Place) -> Any:
     """What the job made: tensors by expert, or answers by router."""
-    if place.job != "evaluation":
+    if place.job not in ANSWERS:
         return adapters(place.folder / "pool")
     rows = {path.stem: json.loads(path.read_text()) for path in sorted((place.folder / "run/rows").glob("*.json"))}
     return {name: [row["result"]["queries"], row["routing"]["tokens_per_expert"]] for name, row in rows.items()}
 
 
 def difference(job: str, one: Any, other: Any) -> float:
-    if job == "evaluation":
+    if job in ANSWERS:
         return 0.0 if one == other else 1.0
     return largest_difference(one, other) if one.keys() == other.keys() else float("inf")
 
@@ -161,16 +167,14 @@ def template(folder: Path, job: str) -> Path:
     if not folder.exists():
         write_tasks(folder / "tasks")
         if job != "experts":
-            pool = random_pool(
-                folder / "pool", tiny_causal(), experts=HELD_IN, gates=job in ("evaluation", "joint")
-            )
+            pool = random_pool(folder / "pool", tiny_causal(), experts=HELD_IN, gates=job != "gates")
             describe_and_index(pool)
     return folder
 
 
-def reference(root: Path, template: Path, job: str, ranks: int, base: Path) -> tuple[Any, float]:
+def reference(root: Path, template: Path, job: str, ranks: int, base: Path, service: str) -> tuple[Any, float]:
     """The result of a job without a fault, and the seconds that it takes."""
-    place = prepare(template, root / "job", job, base, False)
+    place = prepare(template, root / "job", job, base, service, False)
     try:
         launch = Launch(place.words, ranks, root / "job" / "output.txt")
         code = launch.wait()

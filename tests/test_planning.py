@@ -16,8 +16,9 @@ from glider_dist.lora.bank import SiteBank
 from glider_dist.model import engine
 from glider_dist.model.base import BaseModel, tune
 from glider_dist.model.batch import Collator, Encoded
-from glider_dist.model.engine import FrozenBase, gathered_bytes, shard_bytes
+from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import linear_sites
+from glider_dist.model.zero import gathered_bytes, shard_bytes
 from glider_dist.parallel.ranks import ALONE, Ranks
 from glider_dist.planning.command import STAGES
 from glider_dist.planning.depth import Measured, measured

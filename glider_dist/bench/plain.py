@@ -10,7 +10,7 @@ from torch import nn
 
 from glider_dist.lora.bank import SiteBank
 from glider_dist.lora.grouped import grouped_product
-from glider_dist.model.engine import import_deepspeed
+from glider_dist.model.zero import import_deepspeed
 from glider_dist.routing.route import Route
 
 

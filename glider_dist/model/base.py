@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from glider_dist.model.cache import weights_hash
 from glider_dist.model.download import smollm2_folder
 from glider_dist.model.gguf import first_line, gguf_folder
 from glider_dist.model.quantised import quantisation, use_plain_kernels
+from glider_dist.model.zero import loading_in_shards
 
 OFFLINE_DEFAULT = "smollm2-135m"
 TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
@@ -61,7 +63,9 @@ class BaseModel:
         return weights_hash(folder)
 
 
-def load_base(base: str, dtype: str = "auto", device: str = "auto", bits: int | None = None) -> BaseModel:
+def load_base(
+    base: str, dtype: str = "auto", device: str = "auto", bits: int | None = None, sharded: bool = False
+) -> BaseModel:
     """Load a causal or encoder-decoder language model, frozen, in eval mode, with its tokenizer.
 
     The tokenizer has a pad token (the end token where it had none) and pads causal models on the left.
@@ -72,6 +76,8 @@ def load_base(base: str, dtype: str = "auto", device: str = "auto", bits: int | 
         dtype: ``auto``, ``float32`` or ``bfloat16``; ``auto`` is bfloat16 where the device is fast in it.
         device: ``auto`` (the current CUDA device where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
         bits: 8 or 4 to quantise the linear layers but the head to so many a weight.
+        sharded: keep this rank's share of the parameters alone (ZeRO 3). All ranks load together then, and one of
+            them has called :func:`prepare_base` before.
 
     Raises:
         GliderError: the base cannot be found, fetched or read, ``dtype`` is unknown, or the device or the library
@@ -79,13 +85,14 @@ def load_base(base: str, dtype: str = "auto", device: str = "auto", bits: int | 
     """
     target = _choose_device(device)
     chosen, reason = choose_dtype(dtype, target)
-    how = _How(chosen, target, quantisation(bits, chosen) if bits else None)
+    how = _How(chosen, target, sharded, quantisation(bits, chosen) if bits else None)
     reason += f"; linear layers in {bits} bits" if bits else ""
     source = _resolve(base)
-    if Path(source).is_dir():
-        model, tokenizer = _load(source, how, local_only=True)
-    else:
-        model, tokenizer = _load_from_hub(source, how)
+    with loading_in_shards(chosen) if sharded else nullcontext():
+        if Path(source).is_dir():
+            model, tokenizer = _load(source, how, local_only=True)
+        else:
+            model, tokenizer = _load_from_hub(source, how)
     model.requires_grad_(False).eval()
     tune(model, target)
     if bits == 4 and target.type == "cpu":
@@ -195,6 +202,15 @@ def _load_from_hub(name: str, how: _How) -> tuple[PreTrainedModel, PreTrainedTok
     return _load(name, how, local_only=False)
 
 
+def prepare_base(base: str) -> None:
+    """Convert a base that is no model folder yet, into the cache; what is on the hub is left to :func:`load_base`.
+
+    Raises:
+        GliderError: it cannot be found or converted.
+    """
+    _resolve(base)
+
+
 def fetch_base(base: str) -> str:
     """Bring a base into the caches without loading it; returns its folder.
 
@@ -241,12 +257,14 @@ def _cached_config(name: str) -> object:
 class _How:
     dtype: torch.dtype
     device: torch.device
+    sharded: bool
     quantisation: BitsAndBytesConfig | None
 
 
 def _load(source: str, how: _How, local_only: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # On a GPU the weights go there straight from the file, without a copy in each process's memory.
-    device_map = how.device if how.device.type == "cuda" or how.quantisation else None
+    whole = not how.sharded and (how.device.type == "cuda" or how.quantisation)
+    device_map = how.device if whole else None
     quantised = {"quantization_config": how.quantisation} if how.quantisation else {}
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=local_only)

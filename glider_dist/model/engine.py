@@ -19,17 +19,13 @@ from torch import nn
 
 from glider_dist.errors import GliderError
 from glider_dist.model.base import BaseModel
+from glider_dist.model.zero import base_config, import_deepspeed
 from glider_dist.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
 IDLE, FORWARD, BACKWARD, GENERATE, STOP = range(5)
 _GENERATE_LIMIT_BYTES = 4 << 30
-# Smaller parameters stay whole on every rank under ZeRO 3.
-_PERSISTENT = 10_000
-# Under ZeRO 3, parameters that may be whole at once, and of them those fetched together; DeepSpeed's own defaults.
-_LIVE = 1_000_000_000
-_FETCH = 50_000_000
 
 
 class FrozenBase:
@@ -48,7 +44,7 @@ class FrozenBase:
         zero_stage = zero_stage if zero_stage == 3 else 0
         self.sharded = zero_stage == 3 and ranks.world > 1
         self.lockstep = self.sharded or expert_parallel > 1
-        self.nbytes = sum(p.nbytes for p in self.model.parameters())
+        self.nbytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.model.parameters())
         if ranks.world > 1:
             self.engine = _engine(self.model, zero_stage, base.dtype)
 
@@ -88,50 +84,10 @@ def check_generation(nbytes: int) -> None:
         )
 
 
-def shard_bytes(model: nn.Module, world: int) -> int:
-    """Bytes of the base that each of ``world`` ranks keeps under ZeRO 3: its equal share of every parameter."""
-    return sum(-(-p.numel() // world) * p.element_size() for p in model.parameters())
-
-
-def gathered_bytes(model: nn.Module) -> int:
-    """Bytes that a rank needs at most, beside its shard, for parameters that are whole for a while under ZeRO 3:
-    those that may live at once and the layer at work, and once more those of the largest message."""
-    sizes = [(p.numel(), p.element_size()) for p in model.parameters()]
-    total, element = sum(numel for numel, _ in sizes), max(element for _, element in sizes)
-    largest = max(numel for numel, _ in sizes)
-    persistent = sum(numel for numel, _ in sizes if numel <= _PERSISTENT)
-    return (min(total, persistent + _LIVE + largest) + min(total, max(_FETCH, largest))) * element
-
-
-def import_deepspeed() -> Any:
-    """The module, told not to compile anything at start-up, and quiet."""
-    import deepspeed
-
-    # Its shared-memory all-reduce is compiled at start-up (a minute, and a killed build leaves a lock on which
-    # every later run waits); gloo serves as well, and nothing here all-reduces large tensors on a CPU.
-    compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
-    if "deepspeed_shm_comm" in compatible:
-        compatible["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    return deepspeed
-
-
 def _engine(model: nn.Module, zero_stage: int, dtype: torch.dtype) -> Any:
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(dist.get_backend(), verbose=False)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {
-            "stage": zero_stage,
-            "stage3_param_persistence_threshold": _PERSISTENT,
-            "stage3_max_live_parameters": _LIVE,
-            "stage3_max_reuse_distance": _LIVE,
-            "stage3_prefetch_bucket_size": _FETCH,
-        },
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "steps_per_print": 1_000_000_000,
-    }
     # The bf16 wrapper prints a memory report for an optimizer that does not exist here.
     with contextlib.redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(model=model, config=config)
+        engine, *_ = deepspeed.initialize(model=model, config=base_config(zero_stage, dtype))
     return engine

@@ -13,9 +13,10 @@ from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.model.base import BaseModel
 from glider_dist.model.batch import Collator, Encoded
-from glider_dist.model.engine import FrozenBase, gathered_bytes, shard_bytes
+from glider_dist.model.engine import FrozenBase
 from glider_dist.model.quantised import quantised_bytes
 from glider_dist.model.sites import linear_sites
+from glider_dist.model.zero import gathered_bytes, shard_bytes
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement, place
 from glider_dist.parallel.ranks import ALONE

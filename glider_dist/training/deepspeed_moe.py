@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from glider_dist.errors import GliderError
-from glider_dist.model.engine import import_deepspeed
+from glider_dist.model.zero import import_deepspeed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, besides its step."""
