@@ -7,6 +7,9 @@ Times of inference on one thread, fp32, k = 2, as ratios of medians of interleav
 * ``loop``: the same output by a Python loop over the experts, each on its own tokens (the official layer's way,
   written from the formula);
 * ``all``: the same output with every expert computed on every token (PEFT's way in Arrow).
+
+``ours / floor`` takes into the floor that the chosen experts must be read from memory once: ``one`` plus their
+bytes over the speed at which a thread reads memory, measured first.
 """
 
 from __future__ import annotations
@@ -49,17 +52,29 @@ def run(folder: Path) -> None:
         GliderError: the variants disagree, which would be a bug.
     """
     torch.set_num_threads(1)
+    speed = _bytes_a_second()
+    print(f"a thread reads {speed / 1e9:.1f} GB/s")
     rows = []
     for width in WIDTHS:
         for tokens in TOKENS:
             for experts in EXPERTS:
-                rows.append(_cell(width, tokens, experts))
+                rows.append(_cell(width, tokens, experts, speed))
                 print(table(rows).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
-    save(folder / "bench_layer.json", "layer", rows, {"torch": torch.__version__, "rank": RANK, "top_k": TOP_K})
+    save(
+        folder / "bench_layer.json",
+        "layer",
+        rows,
+        {"torch": torch.__version__, "rank": RANK, "top_k": TOP_K, "GB/s": speed / 1e9},
+    )
+
+
+def _bytes_a_second() -> float:
+    large = torch.ones(1 << 26)
+    return large.nbytes / medians(interleave({"read": large.sum}, 5))["read"]
 
 
 @torch.inference_mode()
-def _cell(width: int, tokens: int, experts: int) -> dict[str, Any]:
+def _cell(width: int, tokens: int, experts: int, speed: float) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(experts, RANK, width, generator=generator) / width**0.5
     b = torch.randn(experts, RANK, width, generator=generator) / RANK**0.5
@@ -102,12 +117,14 @@ def _cell(width: int, tokens: int, experts: int) -> dict[str, Any]:
             raise GliderError(f"width {width}, {experts} experts: results differ by {error:.1e}; this is a bug")
     variants = {"one": one, "ours": ours, "loop": loop, "all": every, "scoring": route}
     times = medians(interleave(variants, ROUNDS))
+    reading = len(route().expert_ids.unique()) * (a[0].nbytes + b[0].nbytes) / speed
     return {
         "width": width,
         "tokens": tokens,
         "experts": experts,
         "one ms": 1e3 * times["one"],
         "ours / one": times["ours"] / times["one"],
+        "ours / floor": times["ours"] / (times["one"] + reading),
         "of it scoring": times["scoring"] / times["one"],
         "loop / ours": times["loop"] / times["ours"],
         "all / ours": times["all"] / times["ours"],
