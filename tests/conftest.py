@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from routed_cases import MODELS
 
-from glider_dist.testing import LocalRanks, save_tiny_base, tiny_causal
+import glider_dist as gd
+from glider_dist.testing import LocalRanks, random_pool, save_tiny_base, tiny_causal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,6 +52,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny causal model on disk; tests only read it."""
     return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny", tiny_causal())
+
+
+@pytest.fixture(params=["rows", "all"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute a layer: rows sorted by expert, and every expert on every token."""
+    monkeypatch.setattr("glider_dist.model.routed.is_small", lambda tokens, bank: request.param == "all")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def pool_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., gd.ExpertPool]:
+    """A pool of ``experts`` random experts for one of MODELS, made once."""
+    made: dict[tuple[str, int], gd.ExpertPool] = {}
+
+    def find(name: str, experts: int = 5) -> gd.ExpertPool:
+        if (name, experts) not in made:
+            path = tmp_path_factory.mktemp(f"{name}_{experts}")
+            made[name, experts] = random_pool(path, MODELS[name](), experts=experts)
+        return made[name, experts]
+
+    return find
 
 
 @pytest.fixture(scope="session")
