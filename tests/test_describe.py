@@ -17,7 +17,7 @@ import httpx
 import pytest
 from small_jobs import command, environment, free_port, kill, program, settings, write_tasks
 
-from glider_dist.errors import GliderError
+from glider_dist.errors import EXIT_STOPPED, GliderError
 from glider_dist.pool import ExpertPool
 from glider_dist.semantics.chat import ChatModel, NoAnswer, parse_descriptions, prompt_template
 from glider_dist.semantics.chat_descriptions import QueryDescriber, sampled_examples
@@ -198,6 +198,19 @@ def test_a_run_that_was_stopped_keeps_what_it_had(job: list[str], endpoint: Endp
     assert command(*job).code == 0
     assert len(endpoint.prompts) == before + 1
     assert cards(tmp_path)["upper"]["descriptions"] == ["It shouts."]
+
+
+def test_a_job_that_is_to_stop_keeps_the_answers_it_has_and_ends_with_the_code_of_a_stop(
+    job: list[str], endpoint: Endpoint, tmp_path: Path
+):
+    endpoint.replies = [good("It copies."), good("It shouts.")]
+    stopped = command(*job, "max_minutes=1e-9")
+    assert stopped.code == EXIT_STOPPED, stopped.err
+    described = [name for name, card in cards(tmp_path).items() if card.get("descriptions")]
+    assert len(described) == 1
+    assert command(*job).code == 0
+    assert [cards(tmp_path)[name]["description_source"] for name in ("copy", "upper")] == ["llm", "llm"]
+    assert len(endpoint.prompts) <= 3  # one may have been asked for when the first was answered
 
 
 def test_a_busy_or_broken_endpoint_is_asked_again(job: list[str], endpoint: Endpoint, tmp_path: Path):

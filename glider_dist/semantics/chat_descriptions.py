@@ -33,8 +33,12 @@ def describe_experts(
     settings: DescribeConfig,
     seed: int,
     done: Callable[[Task, list[str], dict[str, Any]], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, str]:
     """Ask for the descriptions of each task's expert; ``done(task, descriptions, record)`` as each arrives.
+
+    Args:
+        stop: asked after each; if so, what is asked for is waited for no more than the answers under way.
 
     Returns:
         ``{task: reason}`` for those that got none.
@@ -64,6 +68,9 @@ def describe_experts(
                     failed[asked[answer].name] = str(error)
                 else:
                     done(asked[answer], found, record)
+                if stop():
+                    threads.shutdown(cancel_futures=True)
+                    break
         except GliderError:
             threads.shutdown(cancel_futures=True)
             raise

@@ -101,6 +101,7 @@ def run(job: Job) -> None:
             if name in by_name and card.get("description_source") in improvable
         ]
     job.ranks.on_main(lambda: _by_chat(job, pool, by_chat))
+    job.stop.agree(bool(by_chat) and job.stop.wished)
     todo = [expert.name for expert in pool.experts() if not expert.card().get("descriptions")]
     texts: dict[str, tuple[list[str], str]] = {}
     for name in todo:
@@ -143,7 +144,7 @@ def _by_chat(job: Job, pool: ExpertPool, tasks: list[Task]) -> None:
         )
 
     try:
-        failed = describe_experts(tasks, chat, job.cfg.describe, job.cfg.seed, done)
+        failed = describe_experts(tasks, chat, job.cfg.describe, job.cfg.seed, done, lambda: job.stop.wished)
     finally:
         usage = chat.usage
         log.info("%s: %s", chat.model, usage)
