@@ -22,7 +22,7 @@ joint          a step of joint training by ZeRO stage and dispatch, against one 
 arrow          Arrow here and in PEFT: time and memory at 8, 32 and 128 adapters
 train          many experts in one job, against one after another
 checkpoint     what keeping unfinished experts costs a training step
-embeddings     the embedding service against the bare model: throughput, cached texts, memory
+embeddings     the embedding service against the bare model, and a peer=URL: throughput, cached texts, memory
 evaluate       seconds per query of evaluate.routers, and their ratios to the base alone (settings of evaluate)
 without-gates  scores of the routers that need no gates, beside random adapters (settings of evaluate)
 
@@ -55,7 +55,7 @@ def run(arguments: Arguments) -> int:
     elif what == "joint":
         joint.run(_folder(arguments), arguments.ranks or 2)
     elif what == "embeddings":
-        embeddings.run(_folder(arguments))
+        embeddings.run(*_folder_and(arguments, "peer"))
     elif what == "checkpoint":
         checkpoint.run(_folder(arguments))
     elif what == "train":
@@ -67,10 +67,13 @@ def run(arguments: Arguments) -> int:
 
 
 def _folder(arguments: Arguments) -> Path:
-    folder = Path("runs/bench")
-    for override in arguments.overrides:
-        key, _, value = override.partition("=")
-        if key != "run_dir":
-            raise GliderError(f"this measurement takes run_dir=FOLDER, not {override}")
-        folder = Path(value)
-    return folder
+    return _folder_and(arguments)[0]
+
+
+def _folder_and(arguments: Arguments, other: str | None = None) -> tuple[Path, str | None]:
+    """The run directory, and the value of one other key."""
+    found = dict(override.split("=", 1) for override in arguments.overrides if "=" in override)
+    known = ["run_dir", *([other] if other else [])]
+    if unknown := [override for override in arguments.overrides if override.split("=")[0] not in known]:
+        raise GliderError(f"this measurement takes {' and '.join(f'{key}=' for key in known)}, not {unknown[0]}")
+    return Path(found.get("run_dir", "runs/bench")), found.get(other or "")

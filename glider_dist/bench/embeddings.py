@@ -1,10 +1,11 @@
-"""``glider-dist bench embeddings``: the embedding service against the bare model, on this machine.
+"""``glider-dist bench embeddings [peer=URL]``: the embedding service against the bare model, on this machine.
 
 Both embed the same texts: the bare model all of them at once in batches of its own (length-sorted, as
 sentence-transformers does), the service in requests of 64 from 1, 8 and 32 concurrent clients. The two are
 measured in turn, several rounds, and compared by the median of the rounds' ratios. The processor time of the
-service is compared, too, since it does not depend on what else the machine does. Then cached texts are asked for,
-one a request: the median and 99th percentile of their time, and the memory of the service before and after.
+service is compared, too, since it does not depend on what else the machine does. Another server that is already
+running with the same model (``peer``) takes its turns beside ours. Then cached texts are asked for, one a request:
+the median and 99th percentile of their time, and the memory of the service before and after.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +41,20 @@ _CLIENTS = (1, 8, 32)
 _REQUEST = 64
 
 
-def run(folder: Path, texts: int = 512, rounds: int = 3, cached: int = 2000) -> None:
+@dataclass(frozen=True)
+class _Endpoint:
+    """A server to measure; ``process`` only if it is ours."""
+
+    name: str
+    url: str
+    token: str | None = None
+    process: psutil.Process | None = None
+
+    def client(self, cfg: Config) -> RemoteEmbedder:
+        return RemoteEmbedder(cfg.embedder, self.url, cfg.service, self.token)
+
+
+def run(folder: Path, peer: str | None = None, texts: int = 512, rounds: int = 3, cached: int = 2000) -> None:
     """Print the table and write ``bench_embeddings.json``.
 
     Raises:
@@ -51,8 +66,11 @@ def run(folder: Path, texts: int = 512, rounds: int = 3, cached: int = 2000) -> 
     local = Embedder(cfg.embedder)
     service = OwnService(cfg, "127.0.0.1")
     try:
-        _check(cfg, service, local)
-        record = _throughput(cfg, service, local, texts, rounds)
+        ours = _Endpoint("ours", service.access.url, service.access.token, psutil.Process(service.pid))
+        endpoints = [ours, *([_Endpoint("peer", peer)] if peer else [])]
+        for endpoint in endpoints:
+            _check(cfg, endpoint, local)
+        record = _throughput(cfg, endpoints, local, texts, rounds)
         record.update(_cached(service, cfg, cached))
     finally:
         service.stop()
@@ -64,23 +82,22 @@ def _texts(count: int, seed: str) -> list[str]:
     return [" ".join(rng.choices(_WORDS, k=rng.randint(4, 40))) for _ in range(count)]
 
 
-def _check(cfg: Config, service: OwnService, local: Embedder) -> None:
+def _check(cfg: Config, endpoint: _Endpoint, local: Embedder) -> None:
     texts = _texts(64, "check")
-    difference = float((_client(cfg, service).embed(texts) - local.compute(texts)).abs().max())
-    if difference > 1e-5:
-        raise GliderError(f"the service's vectors differ from the model's by {difference:.1e}")
-    print(f"largest difference between the service's and the model's vectors: {difference:.1e}")
+    difference = float((endpoint.client(cfg).embed(texts) - local.compute(texts)).abs().max())
+    # Another server may compute in half precision.
+    if difference > (1e-5 if endpoint.process else 1e-2):
+        raise GliderError(f"the vectors of {endpoint.url} differ from the model's by {difference:.1e}")
+    print(f"largest difference between the vectors of {endpoint.name} and of the model: {difference:.1e}")
 
 
-def _client(cfg: Config, service: OwnService) -> RemoteEmbedder:
-    return RemoteEmbedder(cfg.embedder, service.access.url, cfg.service, service.access.token)
-
-
-def _throughput(cfg: Config, service: OwnService, local: Embedder, texts: int, rounds: int) -> dict[str, object]:
-    ratios: dict[int, list[float]] = {clients: [] for clients in _CLIENTS}
+def _throughput(
+    cfg: Config, endpoints: Sequence[_Endpoint], local: Embedder, texts: int, rounds: int
+) -> dict[str, object]:
+    keys = [(endpoint.name, clients) for clients in _CLIENTS for endpoint in endpoints]
+    ratios: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
     costs: dict[int, list[float]] = {clients: [] for clients in _CLIENTS}
     rates: list[float] = []
-    process = psutil.Process(service.pid)
     model = local.load()
     for turn in range(rounds):
         for clients in _CLIENTS:
@@ -88,21 +105,27 @@ def _throughput(cfg: Config, service: OwnService, local: Embedder, texts: int, r
             part = _texts(texts, f"{turn} {clients}")
             encode = partial(model.encode, part, batch_size=32, show_progress_bar=False)
             bare, bare_cost = _timed(encode, psutil.Process())
-            remotes = [_client(cfg, service) for _ in range(clients)]
-            shares = [part[i::clients] for i in range(clients)]
-            served, cost = _timed(partial(_all, remotes, shares), process)
-            for remote in remotes:
-                remote.close()
             rates.append(texts / bare)
-            ratios[clients].append(bare / served)
-            costs[clients].append(cost / bare_cost)
+            for endpoint in endpoints:
+                remotes = [endpoint.client(cfg) for _ in range(clients)]
+                shares = [part[i::clients] for i in range(clients)]
+                served, cost = _timed(partial(_all, remotes, shares), endpoint.process or psutil.Process())
+                for remote in remotes:
+                    remote.close()
+                ratios[endpoint.name, clients].append(bare / served)
+                if endpoint.process:
+                    costs[clients].append(cost / bare_cost)
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {texts} texts a round, {rounds} rounds")
     print(f"bare model: {statistics.median(rates):.0f} texts/s")
-    print(f"{'clients':>8} {'throughput over bare':>21} {'processor time over bare':>25}")
-    for clients in _CLIENTS:
-        ratio, cost = statistics.median(ratios[clients]), statistics.median(costs[clients])
-        print(f"{clients:8d} {ratio:21.2f} {cost:25.2f}")
-    return {"texts_per_second": rates, "throughput_over_bare": ratios, "processor_time_over_bare": costs}
+    print(f"{'server':>8} {'clients':>8} {'throughput over bare':>21} {'processor time over bare':>25}")
+    for name, clients in keys:
+        cost = f"{statistics.median(costs[clients]):25.2f}" if name == "ours" else f"{'not seen':>25}"
+        print(f"{name:>8} {clients:8d} {statistics.median(ratios[name, clients]):21.2f} {cost}")
+    return {
+        "texts_per_second": rates,
+        "throughput_over_bare": {f"{name}, {clients}": values for (name, clients), values in ratios.items()},
+        "processor_time_over_bare": costs,
+    }
 
 
 def _all(remotes: Sequence[RemoteEmbedder], shares: Sequence[list[str]]) -> None:
@@ -119,7 +142,7 @@ def _timed(work: Callable[[], object], process: psutil.Process) -> tuple[float, 
 
 def _cached(service: OwnService, cfg: Config, requests: int) -> dict[str, object]:
     known = _texts(256, "cached")
-    _client(cfg, service).embed(known)
+    RemoteEmbedder(cfg.embedder, service.access.url, cfg.service, service.access.token).embed(known)
     headers = {"Authorization": f"Bearer {service.access.token}"}
     process = psutil.Process(service.pid)
     seconds = []
