@@ -119,8 +119,8 @@ def _throughput(
     print(f"bare model: {statistics.median(rates):.0f} texts/s")
     print(f"{'server':>8} {'clients':>8} {'throughput over bare':>21} {'processor time over bare':>25}")
     for name, clients in keys:
-        cost = f"{statistics.median(costs[clients]):25.2f}" if name == "ours" else f"{'not seen':>25}"
-        print(f"{name:>8} {clients:8d} {statistics.median(ratios[name, clients]):21.2f} {cost}")
+        share = f"{statistics.median(costs[clients]):.2f}" if name == "ours" else "not seen"
+        print(f"{name:>8} {clients:8d} {statistics.median(ratios[name, clients]):21.2f} {share:>25}")
     return {
         "texts_per_second": rates,
         "throughput_over_bare": {f"{name}, {clients}": values for (name, clients), values in ratios.items()},
