@@ -55,7 +55,8 @@ def run(arguments: Arguments) -> int:
     elif what == "joint":
         joint.run(_folder(arguments), arguments.ranks or 2)
     elif what == "embeddings":
-        embeddings.run(*_folder_and(arguments, "peer"))
+        folder, more = _folder_and(arguments, "peer", "requests")
+        embeddings.run(folder, more.get("peer"), requests=int(more.get("requests", 2000)))
     elif what == "checkpoint":
         checkpoint.run(_folder(arguments))
     elif what == "train":
@@ -70,10 +71,10 @@ def _folder(arguments: Arguments) -> Path:
     return _folder_and(arguments)[0]
 
 
-def _folder_and(arguments: Arguments, other: str | None = None) -> tuple[Path, str | None]:
-    """The run directory, and the value of one other key."""
-    found = dict(override.split("=", 1) for override in arguments.overrides if "=" in override)
-    known = ["run_dir", *([other] if other else [])]
-    if unknown := [override for override in arguments.overrides if override.split("=")[0] not in known]:
-        raise GliderError(f"this measurement takes {' and '.join(f'{key}=' for key in known)}, not {unknown[0]}")
-    return Path(found.get("run_dir", "runs/bench")), found.get(other or "")
+def _folder_and(arguments: Arguments, *others: str) -> tuple[Path, dict[str, str]]:
+    """The run directory, and the values of other keys that are given."""
+    found = dict(override.split("=", 1) for override in arguments.overrides)
+    if unknown := [key for key in found if key not in ("run_dir", *others)]:
+        known = ", ".join(f"{key}=" for key in ("run_dir", *others))
+        raise GliderError(f"this measurement takes {known}, not {unknown[0]}=")
+    return Path(found.pop("run_dir", "runs/bench")), found

@@ -1,4 +1,4 @@
-"""``glider-dist bench embeddings [peer=URL]``: the embedding service against the bare model, on this machine.
+"""``glider-dist bench embeddings [peer=URL] [requests=2000]``: the embedding service against the bare model, on this machine.
 
 Both embed the same texts: the bare model all of them at once in batches of its own (length-sorted, as
 sentence-transformers does), the service in requests of 64 from 1, 8 and 32 concurrent clients. The two are
@@ -54,7 +54,7 @@ class _Endpoint:
         return RemoteEmbedder(cfg.embedder, self.url, cfg.service, self.token)
 
 
-def run(folder: Path, peer: str | None = None, texts: int = 512, rounds: int = 3, cached: int = 2000) -> None:
+def run(folder: Path, peer: str | None = None, texts: int = 512, rounds: int = 3, requests: int = 2000) -> None:
     """Print the table and write ``bench_embeddings.json``.
 
     Raises:
@@ -71,7 +71,7 @@ def run(folder: Path, peer: str | None = None, texts: int = 512, rounds: int = 3
         for endpoint in endpoints:
             _check(cfg, endpoint, local)
         record = _throughput(cfg, endpoints, local, texts, rounds)
-        record.update(_cached(service, cfg, cached))
+        record.update(_cached(service, cfg, requests))
     finally:
         service.stop()
     write_json(folder / "bench_embeddings.json", record)
