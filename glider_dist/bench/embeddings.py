@@ -1,4 +1,4 @@
-"""``glider-dist bench embeddings [peer=URL] [requests=2000]``: the embedding service against the bare model, on this machine.
+"""``glider-dist bench embeddings [peer=URL] [requests=2000]``: the embedding service against the bare model.
 
 Both embed the same texts: the bare model all of them at once in batches of its own (length-sorted, as
 sentence-transformers does), the service in requests of 64 from 1, 8 and 32 concurrent clients. The two are
