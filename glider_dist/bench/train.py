@@ -6,22 +6,27 @@ every linear layer. One process with all its threads. Ways are timed in turn, an
 
     mixing    one step whose rows belong to 1, 4, 16 or 64 experts, equal tokens
     batches   16 experts together and one after another, 2 and 16 rows a step
-    startup   32 experts of 20 steps of 2 rows, from the start of Python: one process; one process each with PEFT
+    startup   32 experts of 20 steps of 2 rows, from the start of Python: one process; one process each with PEFT,
+              by hand and with transformers' Trainer
 """
 
 from __future__ import annotations
 
+import json
 import random
+import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from glider_dist.bench.timing import table as table_of
 from glider_dist.config import TrainConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.base import load_base
@@ -154,11 +159,12 @@ def batches(bench: Bench) -> None:
 
 def one_job() -> None:
     """All of them in this process."""
-    Bench().train([trainee(str(index), STEPS, BATCH) for index in range(MANY)], MANY)
+    bench = Bench()
+    _told(lambda: bench.train([trainee(str(index), STEPS, BATCH) for index in range(MANY)], MANY))
 
 
-def one_peft(name: str) -> None:
-    """One of them in this process, as PEFT's documentation does it."""
+def one_peft(name: str, trainer: bool) -> None:
+    """One of them in this process, as PEFT's documentation does it: by hand, or with transformers' Trainer."""
     from peft import LoraConfig, get_peft_model
 
     ranks = start_ranks()
@@ -167,33 +173,69 @@ def one_peft(name: str) -> None:
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(base.model, config)
     collator, one = Collator(base, 512), trainee(name, STEPS, BATCH)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-    for _ in range(STEPS):
-        ids, mask = collator.pad_rows([item.prompt + item.answer for item in one.draw()], left=True)
+
+    def inputs(items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        ids, mask = collator.pad_rows([item.prompt + item.answer for item in items], left=True)
         labels = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < ids.shape[1] - ANSWER, -100)
-        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def by_hand() -> None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+        for _ in range(STEPS):
+            model(**inputs(one.draw())).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def by_trainer() -> None:
+        from transformers import Trainer, TrainingArguments
+
+        settings = TrainingArguments(
+            tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=RATE,
+            lr_scheduler_type="constant", weight_decay=0.0, save_strategy="no", logging_strategy="no",
+            report_to=[], disable_tqdm=True, remove_unused_columns=False, use_cpu=ranks.device.type == "cpu",
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        Trainer(model, settings, inputs, one.train).train()
+
+    _told(by_trainer if trainer else by_hand)
+
+
+def _told(work: Callable[[], Any]) -> None:
+    """Do it, and print its seconds and this process's peak memory for :func:`startup`."""
+    started = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
 
 
 def startup() -> None:
     """Whole processes, timed from outside."""
 
-    def seconds(*words: str) -> float:
+    def process(*words: str) -> dict[str, float]:
         started = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "glider_dist.bench.train", *words], check=True, stderr=subprocess.PIPE
-        )
-        return time.perf_counter() - started
+        command = [sys.executable, "-m", "glider_dist.bench.train", *words]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return {"whole": time.perf_counter() - started, **found}
 
-    ours = seconds("one-job")
-    peft = statistics.median(seconds("one-peft", str(index)) for index in range(PEFT_RUNS))
+    def row(name: str, one: dict[str, float], times: int, ours: dict[str, float]) -> dict[str, Any]:
+        whole, seconds = times * one["whole"], times * one["seconds"]
+        return {
+            "way": name, "processes": times, "s": whole, "without start-up s": seconds, "peak MB": one["peak_mb"],
+            "times as long": whole / ours["whole"], "without start-up": seconds / ours["seconds"],
+        }  # fmt: skip
+
+    ours = process("one-job")
+    rows = [row("one process", ours, 1, ours)]
+    for name, word in (("PEFT by hand", "one-peft"), ("PEFT with the Trainer", "one-trainer")):
+        found = [process(word, str(index)) for index in range(PEFT_RUNS)]
+        one = {key: statistics.median(each[key] for each in found) for key in found[0]}
+        rows.append(row(name, one, MANY, ours))
     print(
-        f"\n{MANY} experts of {STEPS} steps of {BATCH} rows, from the start of Python:\n"
-        f"one process {ours:.0f} s; with PEFT {peft:.1f} s each (median of {PEFT_RUNS} runs), "
-        f"so {MANY * peft:.0f} s, {MANY * peft / ours:.1f} times as long",
+        f"\n{MANY} experts of {STEPS} steps of {BATCH} rows, from the start of Python; of PEFT's processes "
+        f"{PEFT_RUNS} were run, their medians count {MANY} times\n{table_of(rows)}",
         flush=True,
     )
 
@@ -202,8 +244,8 @@ def main(words: list[str]) -> None:
     """Print the tables named in ``words``, or all."""
     if words[:1] == ["one-job"]:
         return one_job()
-    if words[:1] == ["one-peft"]:
-        return one_peft(words[1])
+    if words[:1] in (["one-peft"], ["one-trainer"]):
+        return one_peft(words[1], words[0] == "one-trainer")
     tables = {"mixing": mixing, "batches": batches}
     if unknown := [word for word in words if word not in (*tables, "startup")]:
         raise GliderError(f"bench.train knows mixing, batches and startup, not {unknown[0]!r}")
