@@ -298,7 +298,7 @@ def step_peak(model: Any, frozen: FrozenBase, base: BaseModel, shapes: dict[str,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("live", [400_000, 10**9])
+@pytest.mark.parametrize("live", [400_000, pytest.param(10**9, marks=pytest.mark.slow)])
 def test_zero_3_keeps_the_planned_shard_and_gathers_no_more_than_planned(live: int) -> None:
     with LocalRanks(2, timeout_s=300) as ranks:
         for kept, told, gathered, bound in ranks.run(sharded_step, live):

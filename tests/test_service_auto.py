@@ -68,7 +68,7 @@ def gone(pid: int, seconds: float = 30.0) -> bool:
         pytest.param("exit", None, marks=pytest.mark.slow),
         pytest.param("close", signal.SIGKILL, marks=pytest.mark.slow),
         ("wait", signal.SIGKILL),
-        ("wait", signal.SIGTERM),
+        pytest.param("wait", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("wait", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("wait", signal.SIGSEGV, marks=pytest.mark.slow),
         ("fork", signal.SIGKILL),
