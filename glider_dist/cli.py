@@ -225,6 +225,8 @@ def _set_up_logging() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(lambda record: record.name.startswith("glider_dist") or record.levelno >= logging.WARNING)
     logging.basicConfig(level=logging.INFO, handlers=[handler, EarlyLog()], force=True)
+    # On import it warns of a CPU kernel that is not installed, also where nothing is quantised.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
