@@ -1,13 +1,8 @@
-"""The parts of co-training by themselves: the optimizer, what shares a forward, failures, waves and restarts."""
+"""Parts of co-training by themselves: what shares a forward, replicas, failures, waves and restarts."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import cotraining_worker as worker
@@ -15,85 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_jobs import adapters, command, cores, finish, kill, largest_difference, start, write_tasks
-from small_jobs import settings as job_settings
 
-from glider_dist.bench import train as bench
 from glider_dist.model.batch import Encoded
 from glider_dist.model.engine import FrozenBase
 from glider_dist.parallel.ranks import ALONE
 from glider_dist.parallel.replicas import Replicas
-from glider_dist.pool import ExpertPool
-from glider_dist.testing import save_tiny_base, tiny_causal, tiny_seq2seq
-from glider_dist.training.adamw import StackedAdamW, Update, row_norms
+from glider_dist.testing import tiny_seq2seq
 from glider_dist.training.batches import Packing, cuts, micro_batches
 from glider_dist.training.checkpoint import Checkpoints
 from glider_dist.training.cotrain import CoTraining
 from glider_dist.training.order import replicas_for
 from glider_dist.training.unfinished import Interval, Unfinished, facts_of
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-# The optimizer ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("host", [False, True])
-def test_each_expert_gets_what_torch_adamw_gives_it_alone(host):
-    experts, width, steps = 5, 1000, 40
-    weights = draw(experts, width)
-    parameters = [weights[row].clone().requires_grad_() for row in range(experts)]
-    decays, norms = [0.0, 0.1, 0.0, 0.3, 0.1], [0.0, 1.0, 30.0, 1e9, 5.0]
-    reference = [torch.optim.AdamW([p], weight_decay=decays[row], eps=1e-8) for row, p in enumerate(parameters)]
-    optimizer = StackedAdamW(weights, host)
-    for step in range(steps):
-        # Every expert sits out another share of the steps.
-        rows = [row for row in range(experts) if step % (row + 2) or row == 0]
-        grads = draw(experts, width, seed=step + 1) * 10.0 ** (step % 5 - 2)
-        rates = [1e-2 / (1 + row) * min(1.0, (step + 1) / 7) for row in range(experts)]
-        updates = {row: Update(rates[row], decays[row], norms[row]) for row in rows}
-        for row in rows:
-            parameters[row].grad = grads[row].clone()
-            if norms[row]:
-                torch.nn.utils.clip_grad_norm_([parameters[row]], norms[row])
-            reference[row].param_groups[0]["lr"] = rates[row]
-            reference[row].step()
-        optimizer.step(weights, grads, updates, row_norms(grads, rows))
-    for row, parameter in enumerate(parameters):
-        error = (weights[row] - parameter.detach()).abs().max() / weights[row].abs().max()
-        assert float(error) < 1e-12
-
-
-def test_experts_without_an_update_keep_every_bit_of_weights_and_moments():
-    weights, grads = draw(4, 300, dtype=torch.float32), draw(4, 300, seed=1, dtype=torch.float32)
-    optimizer = StackedAdamW(weights)
-    everyone = {row: Update(1e-2, 0.1, 1.0) for row in range(4)}
-    optimizer.step(weights, grads, everyone, row_norms(grads, range(4)))
-    kept = [tensor.clone() for tensor in (weights, optimizer.mean, optimizer.square, optimizer.steps)]
-    grads[0], grads[2] = float("nan"), float("inf")
-    some = {row: everyone[row] for row in (1, 3)}
-    optimizer.step(weights, grads, some, row_norms(grads, [1, 3]))
-    for before, after in zip(kept, (weights, optimizer.mean, optimizer.square, optimizer.steps), strict=True):
-        assert torch.equal(before[[0, 2]], after[[0, 2]])
-        assert not torch.equal(before[1], after[1])
-        assert not torch.equal(before[3], after[3])
-
-
-def test_norms_of_long_rows_are_accurate_and_show_what_is_not_finite():
-    grads = draw(3, 3_000_000, dtype=torch.float32)
-    exact = float(grads[0].double().norm())
-    grads[1, 17], grads[2, 2_999_999] = float("inf"), float("nan")
-    norms = row_norms(grads, [0, 1, 2])
-    assert norms[0] == pytest.approx(exact, rel=1e-6)
-    assert not math.isfinite(norms[1])
-    assert math.isnan(norms[2])
-
-
-def test_the_state_of_an_expert_is_two_moments_in_its_own_dtype():
-    assert StackedAdamW(torch.zeros(3, 100)).bytes_per_expert == 800
-
 
 # What shares a forward --------------------------------------------------------------------------------------
 
@@ -284,109 +211,3 @@ def test_a_killed_training_goes_on_after_its_last_save_and_ends_the_same(base, t
         assert one["losses"] == again[name]["losses"]
         assert one["validation"] == [tuple(value) for value in again[name]["validation"]]
     assert list(tmp_path.iterdir()) == []
-
-
-# The stages -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Path:
-    write_tasks(tmp_path / "tasks")
-    save_tiny_base(tmp_path / "base", tiny_causal())
-    return tmp_path
-
-
-def with_settings(job: Path, **settings_of: dict[str, Any]) -> None:
-    index = job / "tasks" / "tasks.json"
-    value = json.loads(index.read_text())
-    for record in value["tasks"]:
-        record["train"] = settings_of.get(record["name"], {})
-    index.write_text(json.dumps(value))
-
-
-def stage(job: Path, name: str, **changes: Any) -> Any:
-    with cores(1):
-        return command(name, *job_settings(job, base=job / "base", **changes))
-
-
-def test_a_task_has_its_own_training_settings_and_the_others_do_not_notice(job):
-    assert stage(job, "train-experts").code == 0
-    plain = adapters(job / "pool")
-    with_settings(job, copy={"max_steps": 3, "learning_rate": 1e-4})
-    assert stage(job, "train-experts", pool=job / "other").code == 0
-    other = adapters(job / "other")
-    training = ExpertPool.open(job / "other").expert("copy").card()["training"]
-    assert (training["steps"], training["learning_rate"]) == (3, 1e-4)
-    for key, value in plain["upper"].items():
-        assert torch.equal(value, other["upper"][key])
-    assert any(not torch.equal(value, other["copy"][key]) for key, value in plain["copy"].items())
-
-
-@pytest.mark.parametrize(
-    ("settings_of", "said"),
-    [
-        ({"learning_rat": 1.0}, "learning_rat"),
-        ({"max_steps": 0}, "train.max_steps is 0"),
-        ({"max_steps": "x"}, "'x'"),
-    ],
-)
-def test_a_wrong_setting_of_a_task_is_named_before_anything_is_trained(job, settings_of, said):
-    with_settings(job, copy=settings_of)
-    outcome = stage(job, "train-experts")
-    assert outcome.code == 2
-    assert "the settings of task 'copy' under 'train'" in outcome.errors[0]
-    assert said in outcome.errors[0]
-    assert not (job / "pool").exists()
-
-
-def test_an_expert_that_diverges_is_named_by_its_card_and_by_the_exit_code(job):
-    with_settings(job, copy={"learning_rate": 1e25})
-    changes = {"train__max_steps": 12, "train__max_failures": 3}
-    outcome = stage(job, "train-experts", **changes)
-    assert outcome.code == 2
-    assert (
-        "1 of 3 experts stopped early: copy (the loss or its gradient was not finite in 3 steps"
-        in outcome.errors[0]
-    )
-    pool = ExpertPool.open(job / "pool")
-    assert set(pool.names) == {"copy", "last", "upper"}
-    card = pool.expert("copy").card()
-    assert "not finite" in card["training"]["stopped"]
-    assert pool.expert("last").card()["scores"]["validation_loss"] > 0
-    assert all(value.isfinite().all() for value in adapters(job / "pool")["copy"].values())
-    assert stage(job, "train-experts", **changes).code == 0
-
-
-@pytest.mark.distributed
-def test_a_killed_stage_goes_on_in_the_middle_of_its_experts(job):
-    changes: dict[str, Any] = {"train__max_steps": 40, "train__save_steps": 1}
-    words = [sys.executable, "-m", "glider_dist", "train-experts"]
-    with cores(1):
-        process = start([*words, *job_settings(job, base=job / "base", **changes)], job)
-    unfinished = job / "run" / "checkpoints" / "expert"
-    deadline = time.monotonic() + 180
-    while len({path.parent for path in unfinished.glob("*/step-*.safetensors")}) < 3:
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    kill(process)
-    finish(process)
-    assert ExpertPool.open(job / "pool").names == ()
-    outcome = stage(job, "train-experts", **changes)
-    assert outcome.code == 0, outcome.err
-    assert outcome.err.count("goes on after step") == 3
-    assert list(unfinished.iterdir()) == []
-    assert stage(job, "train-experts", **{**changes, "pool": job / "whole", "run_dir": job / "run2"}).code == 0
-    assert largest_difference(adapters(job / "whole"), adapters(job / "pool")) == 0.0
-
-
-def test_the_benchmark_compares_the_ways_on_any_base(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "ROUNDS", 1)
-    monkeypatch.setattr(bench, "EXPERTS", 3)
-    monkeypatch.setattr(bench, "start_ranks", lambda: ALONE)
-    there = bench.Bench(str(save_tiny_base(tmp_path, tiny_causal(vocab_size=40000))))
-    bench.batches(there)
-    bench.mixing(there)
-    printed = capsys.readouterr().out
-    assert "2 rows a step: together is" in printed
-    assert "64 experts" in printed
