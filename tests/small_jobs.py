@@ -79,6 +79,8 @@ def settings(folder: Path, **changes: Any) -> list[str]:
         "tasks__max_length": 128,
         "lora__rank": 4,
         "lora__alpha": 8,
+        # The same bits on any number of ranks: replicas would sum their parts of a step.
+        "train__replicas": 1,
         "train__max_steps": 6,
         "train__batch_size": 4,
         "train__gate_steps": 4,

@@ -42,7 +42,7 @@ def alone(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_three_ranks_write_what_one_process_writes_and_a_second_run_changes_nothing(
     zero_stage: int, alone: Path, tmp_path: Path
 ) -> None:

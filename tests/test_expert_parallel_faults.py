@@ -121,6 +121,7 @@ def test_a_rank_that_dies_is_named_by_the_others_at_once():
             )
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_in_the_backward_is_named_too():
     with LocalRanks(2, timeout_s=100) as ranks:
         with pytest.raises(gd.GliderError) as failure:

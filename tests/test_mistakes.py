@@ -100,7 +100,12 @@ def test_a_mistake_of_one_rank_ends_the_others_too(rank: int, folder: Path, base
     [
         ("train-experts", {"base": "gone"}, ["gone"]),
         ("index", {"embedder": "gone"}, ["embedder", "gone"]),
-        ("describe", {"run_dir": "tasks/tasks.json/run"}, ["run_dir", "tasks.json/run cannot be written"]),
+        pytest.param(
+            "describe",
+            {"run_dir": "tasks/tasks.json/run"},
+            ["run_dir", "tasks.json/run cannot be written"],
+            marks=pytest.mark.slow,
+        ),
         ("train-experts", {"pool": "tasks/tasks.json/pool"}, ["tasks.json/pool"]),
     ],
 )

@@ -94,6 +94,7 @@ def test_the_service_ends_with_its_job(tmp_path: Path, how: str, number: signal.
         job.communicate()
 
 
+@pytest.mark.slow
 def test_a_service_that_dies_is_started_again_at_the_same_address(tmp_path: Path):
     code = _JOB.replace(
         "how = sys.argv[1]",
@@ -194,6 +195,7 @@ def test_a_service_killed_in_an_evaluation_loses_no_query_and_changes_no_result(
     assert answers(folder / "struck") == answers(folder / "alone")
 
 
+@pytest.mark.slow
 def test_an_index_made_with_the_service_is_the_same(job: Callable[..., list[str]]):
     folder: Path = job.folder  # type: ignore[attr-defined]
     pool = ExpertPool.open(folder / "pool")

@@ -80,6 +80,7 @@ def test_a_wrong_token_is_not_repeated_and_not_shown(tmp_path: Path):
         assert "wrong-token" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_busy_service_is_asked_again_until_it_has_time(tmp_path: Path):
     with serving(tmp_path, "service.max_queue=64", "service.max_texts=64", "service.cache=off") as small:
         results: list[torch.Tensor] = []

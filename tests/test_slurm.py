@@ -151,6 +151,7 @@ def test_the_pipeline_over_two_nodes_ends_with_the_pool_of_one_machine(work: Wor
                    "stages=[train-experts,train-gates]").code == 2  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_failing_member_of_an_array_wastes_no_other_and_is_all_that_is_submitted_again(work: Work) -> None:
     broken, kept = work.folder / "tasks/tasks/upper/train.jsonl", work.folder / "kept.jsonl"
     shutil.copy(broken, kept)
@@ -198,7 +199,8 @@ def test_a_member_of_an_array_is_queued_again_alone(work: Work) -> None:
     assert adapters(work.folder / "pool").keys() == set(HELD_IN)
 
 
-@pytest.mark.parametrize("of", ["a rank", pytest.param("the batch script", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["a rank", "the batch script"])
 def test_a_node_that_dies_costs_the_job_a_restart_on_the_others(work: Work, uninterrupted: Path, of: str) -> None:
     job = work.submit("nodes=2", "stages=[train-experts]", **LONG)["train-experts"]
     work.until_in_the_middle(job, "train-experts")

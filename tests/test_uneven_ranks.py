@@ -51,6 +51,7 @@ def test_two_queries_are_evaluated_on_three_ranks(words: list[str], tmp_path: Pa
     assert rows(tmp_path) == sharded
 
 
+@pytest.mark.slow
 def test_one_query_calibrates_three_ranks_and_a_text_is_answered_by_them(words: list[str], tmp_path: Path) -> None:
     # With its own expert and without it makes two queries.
     outcome = launch(tmp_path, 3, ["calibrate", *words, "zero_stage=3", "tasks.held_in=[copy]"])
