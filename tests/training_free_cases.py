@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from routed_cases import OneLayer
 from routed_models import NEVER
 from torch import nn
 
@@ -31,15 +32,6 @@ def logits_of(model: Any) -> torch.Tensor:
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
-
-
-class OneLayer(nn.Module):
-    def __init__(self, layer: nn.Linear):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        return self.layer(inputs_embeds)
 
 
 WIDTH = (16, 24)

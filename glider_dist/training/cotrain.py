@@ -87,7 +87,7 @@ class CoTraining:
                 kept = self.unfinished.choose(len(self.slots.names)) if self.unfinished else {}
                 while self.fill(retire, kept):
                     on_turn(self.turn())
-                    if self._after_turn(retire, bool(self._largest(stop()))):
+                    if self._after_turn(retire, bool(self._largest(int(stop())))):
                         break
                 if self.unfinished:
                     self.unfinished.background.wait()
