@@ -87,6 +87,9 @@ def draw_ids(case: Case, tokens: int, placement: Placement, rank: int, generator
         p_TE[torch.arange(tokens), (torch.arange(tokens) + rank) % case.experts] = 1e6
     elif case.workload == "one expert per query":
         p_TE[:, (rank + torch.arange(tokens) // 5) % case.experts] = 1e4
+    elif case.workload == "two experts of one rank each":
+        p_TE[:] = 1e-30
+        p_TE[:, placement.owned(0)[2 * rank : 2 * rank + 2]] = 1.0
     places = min(case.places, case.experts)
     if not tokens:
         return torch.zeros(0, places, dtype=torch.int64)

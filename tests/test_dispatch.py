@@ -187,6 +187,15 @@ def test_auto_costs_what_it_chose_and_chooses_alike_on_all_ranks(local_ranks: Ra
     assert chosen == {"all_to_all", "gather"}
 
 
+def test_auto_counts_the_experts_in_use_whatever_the_number_of_tokens(local_ranks: Ranks):
+    # Only groups cost anything: all_to_all makes rank 0 compute four of them, gather two on each rank.
+    costs = replace(BY_BYTES, group_s=1.0, bandwidth=1e15)
+    case = Case("two experts of one rank each", experts=16, tokens=60)
+    frozen = replace(case, frozen=True)
+    for first, both in local_ranks(2).run(run_cases, [(case, "auto"), (frozen, "auto")], 2, costs):
+        assert [one.strategy for one in (*first, *both)] == ["gather"] * 3
+
+
 def test_cached_experts_are_not_sent_again(local_ranks: Ranks):
     case = Case(experts=9, frozen=True, tokens=60)
     for outcomes in local_ranks(2).run(run_sequence, [case, case], "gather", 2):

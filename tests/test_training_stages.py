@@ -14,6 +14,7 @@ from small_jobs import adapters, command, cores, finish, kill, largest_differenc
 from small_jobs import settings as job_settings
 
 from glider_dist.bench import train as bench
+from glider_dist.bench import train_sharded
 from glider_dist.parallel.ranks import ALONE
 from glider_dist.pool import ExpertPool
 from glider_dist.testing import save_tiny_base, tiny_causal
@@ -113,10 +114,17 @@ def test_a_killed_stage_goes_on_in_the_middle_of_its_experts(job):
 def test_the_benchmark_compares_the_ways_on_any_base(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "ROUNDS", 1)
     monkeypatch.setattr(bench, "EXPERTS", 3)
-    monkeypatch.setattr(bench, "start_ranks", lambda: ALONE)
-    there = bench.Bench(str(save_tiny_base(tmp_path, tiny_causal(vocab_size=40000))))
+    there = bench.Bench(ALONE, base=str(save_tiny_base(tmp_path, tiny_causal(vocab_size=40000))))
     bench.batches(there)
     bench.mixing(there)
     printed = capsys.readouterr().out
     assert "2 rows a step: together is" in printed
     assert "64 experts" in printed
+
+
+@pytest.mark.distributed
+def test_the_benchmark_sees_half_of_the_base_under_zero_3(tmp_path, capsys):
+    train_sharded.run(str(save_tiny_base(tmp_path, tiny_causal(vocab_size=40000))))
+    columns = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
+    kept = {line[1]: float(line[3]) for line in columns if line[1:2] in (["replicated"], ["ZeRO 3"])}
+    assert kept["ZeRO 3"] == pytest.approx(kept["replicated"] / 2, rel=0.02)

@@ -18,6 +18,7 @@ import torch
 from glider_dist.bench.timing import interleave, medians, save, table
 from glider_dist.bench.train import ALPHA, BASE, RANK, Bench, trainee
 from glider_dist.config import TrainConfig
+from glider_dist.parallel.ranks import start_ranks
 from glider_dist.training.background import Background
 from glider_dist.training.batches import packing_for
 from glider_dist.training.checkpoint import Checkpoints
@@ -46,7 +47,7 @@ class _Timed(Background):
 
 def run(folder: Path, base: str = BASE) -> None:
     """Print and save the table."""
-    bench = Bench(base)
+    bench = Bench(start_ranks(), base=base)
     slots = ExpertSlots(bench.shapes, EXPERTS, RANK, ALPHA, 0, torch.float32, bench.base.device)
     trainees = [trainee(str(index), 1000, ROWS) for index in range(EXPERTS)]
     runner = Runner(bench.frozen, bench.collator, slots)

@@ -8,7 +8,6 @@ against that of one process. N gloo ranks of one thread each on this machine; th
 from __future__ import annotations
 
 import logging
-import os
 import random
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from glider_dist.bench.timing import save, table
+from glider_dist.bench.timing import joined_ranks, save, table
 from glider_dist.config import Config, MeshConfig, RouterConfig, TrainConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.attach import attach_pool, context_of, detach, query_scores
@@ -31,7 +30,6 @@ from glider_dist.model.engine import FrozenBase
 from glider_dist.parallel.exchange import count_traffic
 from glider_dist.parallel.local_ranks import LocalRanks
 from glider_dist.parallel.mesh import init_mesh
-from glider_dist.parallel.ranks import Ranks
 from glider_dist.pool import ExpertPool
 from glider_dist.testing import random_pool
 from glider_dist.training.batches import packing_for
@@ -79,11 +77,9 @@ def rows_of(step: int, vocabulary: int) -> list[Row]:
 
 def measure(way: Way, path: str, base_id: str) -> dict[str, Any]:
     """On every rank: the first loss, seconds and bytes of each further step, and what this rank keeps."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+    ranks = joined_ranks()
     base = load_base(base_id, "auto", "cpu")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    frozen = FrozenBase(base, Ranks(rank, world, rank, world, base.device, dist.group.WORLD), way.zero_stage)
+    frozen = FrozenBase(base, ranks, way.zero_stage)
     # ZeRO 0 cannot clip where ranks share the experts.
     train = TrainConfig(max_grad_norm=1.0 if way.zero_stage else 0.0, max_steps=STEPS, batch_size=ROWS)
     cfg = Config(zero_stage=way.zero_stage, mesh=MeshConfig(expert_parallel=way.expert_parallel), train=train)
@@ -94,7 +90,7 @@ def measure(way: Way, path: str, base_id: str) -> dict[str, Any]:
     if context.dispatch is not None:
         owned = context.dispatch.placement.owned(context.dispatch.mesh.expert_rank)
     trained = Trained(context, owned, [], experts=True, gates=True)
-    config = deepspeed_config(cfg, world, train.learning_rate, trained.elements)
+    config = deepspeed_config(cfg, ranks.world, train.learning_rate, trained.elements)
     engine = ExpertEngine(trained.experts, trained.gates, way.expert_parallel, config)
     extras = RouterExtras(cfg.joint, 0, ROUTER.top_k, len(context.banks))
     packing = packing_for(base.device, None, None)

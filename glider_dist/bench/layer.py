@@ -26,7 +26,7 @@ from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
 from glider_dist.lora.bank import SiteBank
 from glider_dist.model.attach import install
-from glider_dist.routing.local import gate_prototypes, gate_scores, normalised
+from glider_dist.routing.local import Inputs, gate_prototypes, gate_scores
 from glider_dist.routing.route import Route, top_k_route
 
 WIDTHS, EXPERTS, TOKENS, RANK, TOP_K = (576, 2048), (8, 32, 166, 1024), (64, 2048), 16, 2
@@ -88,7 +88,7 @@ def _cell(width: int, tokens: int, experts: int, speed: float) -> dict[str, Any]
     prototypes = gate_prototypes(gates)
 
     def route() -> Route:
-        return top_k_route(gate_scores(normalised(x[0]), prototypes), TOP_K, excludes=False)
+        return top_k_route(gate_scores(Inputs.of(x[0]), prototypes), TOP_K, excludes=False)
 
     def one() -> torch.Tensor:
         return base(x[0]) + F.linear(F.linear(x[0], a[0]), b[0].t())

@@ -1,13 +1,15 @@
 """Training many experts in one loop against one after another, and against separate PEFT runs.
 
-``python -m glider_dist.bench.train [mixing] [batches] [startup]`` prints the tables: all three by default, about
-fifteen minutes on two cores. The base is SmolLM2-135M, the rows are random tokens, the experts have rank 16 on
-every linear layer. One process with all its threads. Ways are timed in turn, and ratios are of medians.
+``python -m glider_dist.bench.train [mixing] [batches] [startup] [sharded]`` prints the tables: all by default,
+about fifteen minutes on two cores. The base is SmolLM2-135M, the rows are random tokens, the experts have rank 16
+on every linear layer. One process with all its threads, but for the last table. Ways are timed in turn, and ratios
+are of medians.
 
     mixing    one step whose rows belong to 1, 4, 16 or 64 experts, equal tokens
     batches   16 experts together and one after another, 2 and 16 rows a step
     startup   32 experts of 20 steps of 2 rows, from the start of Python: one process; one process each with PEFT,
               by hand and with transformers' Trainer
+    sharded   two ranks, the base replicated and under ZeRO 3
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from glider_dist.model.base import load_base
 from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import linear_sites, peft_targets
-from glider_dist.parallel.ranks import start_ranks
+from glider_dist.parallel.ranks import Ranks, start_ranks
 from glider_dist.training.batches import Packing, packing_for
 from glider_dist.training.cotrain import CoTraining
 from glider_dist.training.runner import Runner, installed
@@ -49,10 +51,9 @@ MANY, STEPS, BATCH, PEFT_RUNS = 32, 20, 2, 3
 class Bench:
     """The base, loaded once."""
 
-    def __init__(self, base: str = BASE) -> None:
-        ranks = start_ranks()
+    def __init__(self, ranks: Ranks, zero_stage: int = 0, base: str = BASE) -> None:
         self.base = load_base(base, "auto", str(ranks.device))
-        self.frozen = FrozenBase(self.base, ranks, 0)
+        self.frozen = FrozenBase(self.base, ranks, zero_stage)
         self.collator = Collator(self.base, 512)
         self.shapes = {name: site.shape for name, site in linear_sites(self.base.model).items()}
 
@@ -159,7 +160,7 @@ def batches(bench: Bench) -> None:
 
 def one_job() -> None:
     """All of them in this process."""
-    bench = Bench()
+    bench = Bench(start_ranks())
     _told(lambda: bench.train([trainee(str(index), STEPS, BATCH) for index in range(MANY)], MANY))
 
 
@@ -247,12 +248,16 @@ def main(words: list[str]) -> None:
     if words[:1] in (["one-peft"], ["one-trainer"]):
         return one_peft(words[1], words[0] == "one-trainer")
     tables = {"mixing": mixing, "batches": batches}
-    if unknown := [word for word in words if word not in (*tables, "startup")]:
-        raise GliderError(f"bench.train knows mixing, batches and startup, not {unknown[0]!r}")
-    chosen = words or [*tables, "startup"]
+    if unknown := [word for word in words if word not in (*tables, "startup", "sharded")]:
+        raise GliderError(f"bench.train knows mixing, batches, startup and sharded, not {unknown[0]!r}")
+    chosen = words or [*tables, "startup", "sharded"]
     if "startup" in chosen:
         startup()
-    if bench := Bench() if set(chosen) & set(tables) else None:
+    if "sharded" in chosen:
+        from glider_dist.bench import train_sharded
+
+        train_sharded.run()
+    if bench := Bench(start_ranks()) if set(chosen) & set(tables) else None:
         for name, table in tables.items():
             if name in chosen:
                 table(bench)

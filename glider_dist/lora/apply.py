@@ -130,7 +130,7 @@ def add_experts(
     """``y + Σ_k w_k s B_k A_k x`` for the planned rows: each expert computes on its own rows alone.
 
     Args:
-        y_To: ``[T, o]`` base output.
+        y_To: ``[T, o]`` base output; where no gradient is wanted, it is added to in place.
         x_Td: ``[T, d]`` input of the layer.
         bank: the site's experts (fp32 experts over a bf16 base are cast).
         plan: rows over the routed tokens.
@@ -142,7 +142,8 @@ def add_experts(
     if x_Td.device.type == "cpu":
         plan, bank = for_cpu(plan, bank, x_Td.dtype)
     at_R = plan.token if tokens is None else tokens[plan.token]
-    return y_To.index_add(0, at_R, _row_outputs(x_Td, bank, plan, at_R).to(y_To.dtype))
+    out_Ro = _row_outputs(x_Td, bank, plan, at_R).to(y_To.dtype)
+    return y_To.index_add(0, at_R, out_Ro) if torch.is_grad_enabled() else y_To.index_add_(0, at_R, out_Ro)
 
 
 def sum_experts(x_Td: torch.Tensor, bank: SiteBank, route: Route, rows: int | None = None) -> torch.Tensor:
@@ -160,7 +161,7 @@ def sum_experts(x_Td: torch.Tensor, bank: SiteBank, route: Route, rows: int | No
     plan = plan_rows(route, bank.num_experts, rows)
     if x_Td.device.type == "cpu":
         plan, bank = for_cpu(plan, bank, x_Td.dtype)
-    return out_To.index_add(0, plan.token, _row_outputs(x_Td, bank, plan, plan.token).to(out_To.dtype))
+    return out_To.index_add_(0, plan.token, _row_outputs(x_Td, bank, plan, plan.token).to(out_To.dtype))
 
 
 def is_small(tokens: int, bank: SiteBank) -> bool:

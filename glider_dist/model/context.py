@@ -26,7 +26,7 @@ from glider_dist.model.tokens import Stacks, Tokens
 from glider_dist.parallel.dispatch import Dispatch
 from glider_dist.parallel.exchange import in_backward
 from glider_dist.routing.combine import exclusion, global_bias, shortlist
-from glider_dist.routing.local import at_least_fp32, normalised
+from glider_dist.routing.local import Inputs, at_least_fp32
 from glider_dist.routing.route import Route, assigned_route
 from glider_dist.routing.strategies import (
     STRATEGIES,
@@ -83,7 +83,7 @@ class RoutingContext:
         self._bias_BE: torch.Tensor | None = None
         self._excludes = False
         self._assigned_B: torch.Tensor | None = None
-        self._last_input: tuple[torch.Tensor, Tokens, torch.Tensor] | None = None
+        self._last_input: tuple[torch.Tensor, Tokens, Inputs] | None = None
 
     def use(self, router: RouterConfig) -> None:
         """Switch the router; merged experts, experts less the general ones and prototypes are made once each.
@@ -245,9 +245,9 @@ class RoutingContext:
                 f"router {self.router.kind!r} needs the queries' similarities to the experts; "
                 "run the model inside glider_dist.query_scores(model, similarity)"
             )
-        kept_Td, normalised_Td = x_Td, None
+        kept_Td, inputs = x_Td, None
         if self.strategy.compares_normalised:
-            normalised_Td = self._normalised(x, x_Td, tokens)
+            inputs = self._inputs(x, x_Td, tokens)
         elif tokens.keep is not None:
             kept_Td = x_Td[tokens.keep]
         eligible = None if bank.all_eligible else bank.eligible
@@ -263,7 +263,7 @@ class RoutingContext:
             self.strategy,
             self.router,
             kept_Td,
-            normalised_Td,
+            inputs,
             prototypes,
             bias_TE,
             eligible,
@@ -282,11 +282,11 @@ class RoutingContext:
         if not in_backward():
             self.counts[site] = self.counts[site] + counts_E if site in self.counts else counts_E
 
-    def _normalised(self, x: torch.Tensor, x_Td: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-        # q, k and v (gate and up) are handed the same tensor object: its LayerNorm is computed once.
+    def _inputs(self, x: torch.Tensor, x_Td: torch.Tensor, tokens: Tokens) -> Inputs:
+        # q, k and v (gate and up) are handed the same tensor object: this is computed once.
         last = self._last_input
         if last is None or last[0] is not x or last[1] is not tokens:
-            last = (x, tokens, normalised(x_Td if tokens.keep is None else x_Td[tokens.keep]))
+            last = (x, tokens, Inputs.of(x_Td if tokens.keep is None else x_Td[tokens.keep]))
             self._last_input = last
         return last[2]
 

@@ -62,14 +62,14 @@ class Shapes:
 
 
 def tokens_time(
-    costs: Costs, shapes: Shapes, rows_PP: Numbers, used_PSP: Numbers, owned_P: Numbers, trained: bool
+    costs: Costs, shapes: Shapes, rows_PP: Numbers, used_PSP: Numbers, serving_PS: Numbers, trained: bool
 ) -> float:
     """Seconds of ``all_to_all``.
 
     Args:
         rows_PP: rows that each rank sends to each.
         used_PSP: (token, expert) pairs of each rank, per site and destination.
-        owned_P: experts that each rank owns.
+        serving_PS: experts of each rank that any token uses, per site.
         trained: whether a backward follows.
     """
     away = rows_PP * (1 - np.eye(len(rows_PP)))
@@ -78,7 +78,7 @@ def tokens_time(
     received = arrives * shapes.row_bytes + leaves * shapes.output_bytes
     here_P, out_P = rows_PP.sum(0), rows_PP.sum(1)
     copied = (here_P + out_P) * 3.0 * (shapes.row_bytes + shapes.output_bytes)
-    compute = _compute(costs, shapes, used_PSP.sum(0).T, np.minimum(owned_P[:, None], used_PSP.sum(0).T))
+    compute = _compute(costs, shapes, used_PSP.sum(0).T, serving_PS)
     one = np.maximum(sent, received) / costs.bandwidth + copied / costs.copy + compute
     if trained:
         one = 2 * one + compute

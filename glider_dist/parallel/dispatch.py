@@ -6,7 +6,7 @@ or without tokens.
 
 Per exchange there is one control all-gather and one host sync, whatever the strategy. The control row of a rank:
 rows for each rank, (token, expert) pairs for each site and rank (int32), then, unless the strategy is
-``all_to_all``, a byte for each site and expert that its tokens need and that its cache lacks.
+``all_to_all``, a byte for each site and expert: 1 if its tokens need the expert, 2 if its cache lacks it besides.
 """
 
 from __future__ import annotations
@@ -39,14 +39,13 @@ class Control:
     Attributes:
         rows: ``[P, P]`` tokens that each rank would send to each.
         used: ``[P, S, P]`` (token, expert) pairs of each rank, per site and owner.
-        ask: ``[P, S, E]`` experts that each rank would fetch; None under ``all_to_all``.
-        mine: ``[S, E]`` experts that this rank's tokens use, fetched or cached; None under ``all_to_all``.
+        need: ``[P, S, E]`` 1 for experts that each rank's tokens use, 2 for those that it would fetch; else 0.
+            None under ``all_to_all``.
     """
 
     rows: np.ndarray[Any, Any]
     used: np.ndarray[Any, Any]
-    ask: np.ndarray[Any, Any] | None
-    mine: np.ndarray[Any, Any] | None
+    need: np.ndarray[Any, Any] | None
 
 
 class Dispatch:
@@ -122,15 +121,15 @@ class Dispatch:
                 tuple(control.rows[me].tolist()), tuple(control.rows[:, me].tolist()), tuple(used), group
             )
             return tokens_to_experts(x_Td, routes, banks, need_PT, self._owner, self._slot, sizes)
-        assert control.ask is not None
-        assert control.mine is not None
-        plan = plan_fetch(control.ask, me, self._owned, shapes, x_Td.dtype, group)
-        fetched = fetch_experts(banks, plan) if control.ask.any() else None
+        assert control.need is not None
+        asks = control.need == 2
+        plan = plan_fetch(asks, me, self._owned, shapes, x_Td.dtype, group)
+        fetched = fetch_experts(banks, plan) if asks.any() else None
         outs = []
         for place, (site, route, bank) in enumerate(zip(sites, routes, banks, strict=True)):
             ids, pair = plan.ids(place), None if fetched is None else fetched[place]
             if not trained:
-                ids, new = np.flatnonzero(control.mine[place]), ids
+                ids, new = np.flatnonzero(control.need[me, place]), ids
                 pair = self.cache.stack(site, ids, bank, new, pair, x_Td.dtype)
             elif pair is None:
                 # No rank has a token: the experts stay in the graph.
@@ -204,16 +203,12 @@ class Dispatch:
         assert group is not None
         if self.strategy == "all_to_all":
             host = to_host(all_gather_rows("counts", numbers, group)).numpy()
-            return need_PT, Control(*self._numbers(host, len(sites)), None, None)
+            return need_PT, Control(*self._numbers(host, len(sites)), None)
         ask = mine if trained else mine & ~torch.stack([self.cache.held(site) for site in sites])
-        row = torch.cat([numbers, ask.view(torch.uint8).flatten()])
-        both = to_host(
-            torch.cat([all_gather_rows("counts", row, group).flatten(), mine.view(torch.uint8).flatten()])
-        )
-        everyone, own = both.numpy()[: ranks * len(row)].reshape(ranks, -1), both.numpy()[ranks * len(row) :]
-        asks = everyone[:, len(numbers) :].reshape(ranks, len(sites), experts)
-        rows, pairs = self._numbers(everyone[:, : len(numbers)], len(sites))
-        return need_PT, Control(rows, pairs, asks, own.reshape(len(sites), experts))
+        row = torch.cat([numbers, (mine.view(torch.uint8) + ask.view(torch.uint8)).flatten()])
+        host = to_host(all_gather_rows("counts", row, group)).numpy()
+        need = host[:, len(numbers) :].reshape(ranks, len(sites), experts)
+        return need_PT, Control(*self._numbers(host[:, : len(numbers)], len(sites)), need)
 
     def _numbers(
         self, host: np.ndarray[Any, Any], sites: int
@@ -232,14 +227,12 @@ class Dispatch:
     ) -> str:
         places = sum(route.expert_ids.shape[1] for route in routes)
         sizes = Shapes(shapes, places, x_Td.element_size(), routes[0].weights.element_size())
-        assert control.ask is not None
-        fetched = np.stack([control.ask[:, :, ids].sum(2) for ids in self._owned], 1)
-        owned = np.array([len(ids) for ids in self._owned])
-        used = control.used.sum(2)
-        # A rank's tokens use at least what it fetches, and hardly more experts than pairs.
-        wanted = np.minimum(used, len(self.placement.names))
-        by_tokens = tokens_time(self.costs, sizes, control.rows, control.used, owned, backward)
-        by_weights = weights_time(self.costs, sizes, fetched, used, wanted, backward)
+        assert control.need is not None
+        fetched = np.stack([(control.need[:, :, ids] == 2).sum(2) for ids in self._owned], 1)
+        serving = np.stack([(control.need[:, :, ids].max(0) > 0).sum(1) for ids in self._owned])
+        wanted = (control.need > 0).sum(2)
+        by_tokens = tokens_time(self.costs, sizes, control.rows, control.used, serving, backward)
+        by_weights = weights_time(self.costs, sizes, fetched, control.used.sum(2), wanted, backward)
         return "gather" if by_weights < by_tokens else "all_to_all"
 
     def _compute(

@@ -89,6 +89,8 @@ def exchange(
     wanted = distinct(total, places, tokens)
     fetched_PPS = np.tile((owned * wanted / total)[None, :, None], (ranks, 1, len(sites)))
     used_PS = np.full((ranks, len(sites)), float(tokens * places))
+    # An expert serves if a token of any rank draws it.
+    serving_PS = np.tile((owned * distinct(total, places, tokens * ranks) / total)[:, None], (1, len(sites)))
     costs = Costs(
         tokens_s=_LATENCY,
         tokens_back_s=_LATENCY,
@@ -101,7 +103,7 @@ def exchange(
     )
 
     def by_tokens(costs: Costs) -> float:
-        return tokens_time(costs, sizes, rows_PP, used_PSP, owned, trained)
+        return tokens_time(costs, sizes, rows_PP, used_PSP, serving_PS, trained)
 
     def by_weights(costs: Costs) -> float:
         wanted_PS = np.full_like(used_PS, wanted)

@@ -20,7 +20,7 @@ import torch
 
 from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
-from glider_dist.routing.local import arrow_scores, gate_scores, normalised
+from glider_dist.routing.local import Inputs, arrow_scores, gate_scores
 from glider_dist.routing.route import Route, top_k_route, top_p_route
 
 Local = Literal["gate", "activation", "arrow", "lag"]
@@ -144,7 +144,7 @@ def route_tokens(
     strategy: Strategy,
     config: RouterConfig,
     x_Td: torch.Tensor,
-    normalised_Td: torch.Tensor | None,
+    inputs: Inputs | None,
     prototypes_Ed: torch.Tensor | None,
     bias_TE: torch.Tensor | None,
     eligible_E: torch.Tensor | None,
@@ -156,7 +156,7 @@ def route_tokens(
 
     Args:
         x_Td: ``[T, d]`` the tokens (arrow scores these).
-        normalised_Td: ``[T, d]`` their LayerNorm if already known.
+        inputs: the same for gate scores, if already known.
         prototypes_Ed: ``[E, d]`` fp32 prototypes of the strategy's kind, or None if it has no local part.
         bias_TE: ``[T, E]`` the global part ``α c``, or without one 0 and -inf (excluded experts); None: neither.
         eligible_E: ``[E]`` bool, experts that adapt this site; None if all do.
@@ -166,7 +166,7 @@ def route_tokens(
     """
     scores_TE: torch.Tensor | None = None
     if strategy.compares_normalised and prototypes_Ed is not None:
-        scores_TE = gate_scores(normalised(x_Td) if normalised_Td is None else normalised_Td, prototypes_Ed)
+        scores_TE = gate_scores(inputs or Inputs.of(x_Td), prototypes_Ed)
     elif strategy.by_weights and prototypes_Ed is not None:
         scores_TE = arrow_scores(x_Td, prototypes_Ed, config.temperature)
     if bias_TE is not None:
