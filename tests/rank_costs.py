@@ -127,7 +127,7 @@ def run_like_gpu(
 
     with (
         patch("glider_dist.lora.apply.for_cpu", lambda plan, bank, dtype: (plan, bank)),
-        patch("glider_dist.lora.apply.is_small", lambda tokens, bank: small and bank.num_experts > 0),
+        patch("glider_dist.lora.apply.is_small", lambda x, bank, places: small and bank.num_experts > 0),
         patch("glider_dist.parallel.dispatch.to_host", allowed),
     ):
         found = run_case(case, strategy, expert_parallel, watch=waits)

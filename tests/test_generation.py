@@ -91,7 +91,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Attached
 @pytest.fixture(params=["rows", "all"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to compute a layer: rows sorted by expert, and every expert on every token."""
-    monkeypatch.setattr("glider_dist.model.routed.is_small", lambda tokens, bank: request.param == "all")
+    monkeypatch.setattr("glider_dist.model.routed.is_small", lambda x, bank, places: request.param == "all")
     return request.param
 
 

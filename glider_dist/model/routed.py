@@ -56,7 +56,7 @@ class RoutedLinear(nn.Module):
         route = context.route(self.site, x, tokens, bank)
         context.count(self.site, count_rows(route, len(context.names)))
         route = context.local_ids(route)
-        if is_small(x_Td.shape[0], bank):
+        if is_small(x_Td, bank, route.expert_ids.shape[1]):
             return add_all_experts(y_To, x_Td, bank, route, tokens.keep).view_as(y)
         plan = plan_rows(route, bank.num_experts)
         return add_experts(y_To, x_Td, bank, plan, tokens.keep).view_as(y)
