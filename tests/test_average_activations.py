@@ -16,7 +16,7 @@ from glider_dist.pool import ExpertPool
 from glider_dist.testing import random_pool, save_tiny_base, tiny_causal, tiny_seq2seq
 
 pytestmark = [
-    pytest.mark.distributed,
+    pytest.mark.jobs,
     pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="ranks cannot be pinned to cores here"),
 ]
 TASKS = ("copy", "upper", "last", "first")

@@ -83,7 +83,7 @@ def test_an_unknown_measurement_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.jobs
 def test_joint_training_is_measured_in_every_way_and_checked(tmp_path):
     from glider_dist.bench import joint
 

@@ -181,7 +181,7 @@ def check_same(whole: Found, again: Found, after: int) -> None:
         assert again[name]["best_step"] == one["best_step"]
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 @pytest.mark.parametrize(("world", "zero_stage"), [(1, 0), (2, 3), pytest.param(3, 0, marks=pytest.mark.slow)])
 def test_two_ranks_are_killed_and_another_mesh_goes_on_with_the_same_losses(
     world: int, zero_stage: int, whole: Found, local_ranks: Callable[[int], LocalRanks], tmp_path: Path

@@ -64,7 +64,7 @@ SLOW = pytest.mark.slow
 RANKS = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="ranks cannot be pinned to cores here")
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 @RANKS
 @pytest.mark.parametrize(
     ("world", "zero_stage"),
@@ -77,7 +77,7 @@ def test_six_unequal_tasks_together_are_each_trained_as_if_alone(world, zero_sta
         assert len({len(one["losses"]) for one in found[kind].values()}) == 2  # step counts differ
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 @RANKS
 @pytest.mark.parametrize(
     ("world", "zero_stage", "replicas"),
@@ -91,7 +91,7 @@ def test_replicas_that_share_the_rows_of_each_step_train_as_one_rank_would(
         check_equal(separate["float64"][kind], found[kind], 1e-10)
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 @RANKS
 @pytest.mark.parametrize(("world", "zero_stage"), [(2, 0), pytest.param(3, 3, marks=SLOW)])
 def test_in_fp32_only_rounding_differs(world, zero_stage, separate, tmp_path):

@@ -11,7 +11,7 @@ from rank_deepspeed import compare, native_under_zero_3, unmarked
 
 from glider_dist.testing import LocalRanks
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.jobs
 Ranks = Callable[[int], LocalRanks]
 VERSION = f"DeepSpeed {deepspeed.__version__}"
 

@@ -9,7 +9,7 @@ from fault_campaign import campaign, table
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
+@pytest.mark.jobs
 @pytest.mark.timeout(3600)
 def test_twenty_random_faults_lose_no_byte_and_change_no_result(tmp_path: Path) -> None:
     found = campaign(tmp_path, 20)

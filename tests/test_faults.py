@@ -72,7 +72,7 @@ def only(whole: dict[str, Any], part: str) -> dict[str, Any]:
 # Kills --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 def test_kill_9_of_one_of_two_ranks_loses_no_step_before_the_last_checkpoint(
     folder: Path, base: Path, whole: Any, local_ranks: Callable[[int], LocalRanks]
 ) -> None:
@@ -87,7 +87,7 @@ def test_kill_9_of_one_of_two_ranks_loses_no_step_before_the_last_checkpoint(
     assert verify(ExpertPool.open(folder / "pool")) == []
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 def test_kill_9_again_and_again_while_files_are_written_leaves_a_pool_that_can_be_read(folder, base, whole):
     words = [sys.executable, "-m", "glider_dist", "train-experts", *settings(folder, base=base, **LONG)]
     experts = folder / "run" / "checkpoints" / "expert"

@@ -17,7 +17,7 @@ from rank_joint import Case, Found, make_pool, reference, train_all
 from glider_dist.testing import LocalRanks
 from glider_dist.training.joint_state import Tensors
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.jobs
 Ranks = Callable[[int], LocalRanks]
 
 

@@ -27,7 +27,7 @@ from glider_dist.pool.verify import verify
 from glider_dist.testing import LocalRanks, random_pool, tiny_causal
 from glider_dist.training import joint
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.jobs
 STEPS, STOP = 15, 5
 
 

@@ -27,7 +27,7 @@ from glider_dist.semantics import describe
 from glider_dist.testing import random_pool
 
 pytestmark = [
-    pytest.mark.distributed,
+    pytest.mark.jobs,
     pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="ranks cannot be pinned to cores here"),
 ]
 

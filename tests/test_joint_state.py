@@ -12,7 +12,7 @@ from test_joint_exact import state_errors
 from glider_dist.testing import LocalRanks
 from glider_dist.training.joint_state import Tensors
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.jobs
 Ranks = Callable[[int], LocalRanks]
 HALF = 4
 

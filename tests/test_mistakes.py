@@ -22,7 +22,7 @@ from small_jobs import (
 
 from glider_dist.testing import random_pool, tiny_causal
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.jobs
 
 
 @pytest.fixture

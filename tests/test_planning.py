@@ -297,7 +297,7 @@ def step_peak(model: Any, frozen: FrozenBase, base: BaseModel, shapes: dict[str,
     return trace.peak
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 @pytest.mark.parametrize("live", [400_000, pytest.param(10**9, marks=pytest.mark.slow)])
 def test_zero_3_keeps_the_planned_shard_and_gathers_no_more_than_planned(live: int) -> None:
     with LocalRanks(2, timeout_s=300) as ranks:

@@ -12,7 +12,7 @@ import pytest
 from glider_dist.pool.files import read_json
 from glider_dist.tasks.procedural import make_tasks
 
-pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.distributed]
+pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.jobs]
 
 
 @pytest.mark.timeout(5400)

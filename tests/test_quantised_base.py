@@ -85,7 +85,7 @@ def test_a_pool_trained_over_a_quantised_base_serves_over_both(folder: Path, wid
         assert read_json(folder / run / "results.json")
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_two_ranks_train_over_a_quantised_base_as_one_does(
     folder: Path, wide: Path, local_ranks: Callable[[int], LocalRanks]

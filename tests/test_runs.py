@@ -87,7 +87,7 @@ def test_the_command_is_the_one_of_its_launcher(command, launcher, ranks, wanted
     assert read_run(tmp_path).command == wanted
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 def test_a_run_is_running_while_its_process_lives_and_killed_afterwards(tmp_path):
     write_tasks(tmp_path / "tasks")
     words = settings(tmp_path, base=save_tiny_base(tmp_path / "base", tiny_causal()), train__max_steps=4000)

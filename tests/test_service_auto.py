@@ -21,7 +21,7 @@ from glider_dist.pool import ExpertPool
 from glider_dist.semantics.index import read_index
 from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
 
-pytestmark = pytest.mark.distributed
+pytestmark = pytest.mark.jobs
 
 # A job that starts its service, embeds, prints the service's process id and waits to be ended.
 _JOB = """

@@ -34,7 +34,7 @@ def load(base: str, seq2seq: bool) -> tuple[int, int, torch.Tensor, Fingerprint]
     return held, frozen.local_bytes, logits(frozen.model, seq2seq), job.fingerprint
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 @pytest.mark.parametrize("kind", [*MODELS])
 def test_ranks_load_only_their_shares(kind: str, tmp_path: Path, local_ranks: Callable[[int], LocalRanks]) -> None:
     save_tiny_base(tmp_path, MODELS[kind]())

@@ -19,7 +19,7 @@ from small_jobs import HELD_IN, adapters, command, cores, environment, largest_d
 
 from glider_dist.testing import save_tiny_base, tiny_causal
 
-pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
+pytestmark = [pytest.mark.slurm, pytest.mark.jobs]
 SLURM = Path(__file__).resolve().parents[1] / "slurm"
 # Long enough to be interrupted.
 LONG = {"train__max_steps": 300, "train__eval_every": 100, "train__save_steps": 10}

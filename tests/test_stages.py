@@ -42,7 +42,7 @@ from glider_dist.pool import ExpertPool
 from glider_dist.testing import save_tiny_base, tiny_seq2seq
 
 pytestmark = [
-    pytest.mark.distributed,
+    pytest.mark.jobs,
     pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="ranks cannot be pinned to cores here"),
 ]
 

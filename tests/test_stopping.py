@@ -120,7 +120,7 @@ def test_an_evaluation_that_may_take_one_batch_a_start_gives_the_same_rows(folde
     assert list((folder / "run" / "rows" / "partial").iterdir()) == []
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 @pytest.mark.parametrize(
     ("zero_stage", "replicas"),
     [(0, 1), (0, 2), *(pytest.param(3, replicas, marks=pytest.mark.slow) for replicas in (1, 2))],
@@ -138,7 +138,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_and_they_go_on(
     assert largest_difference(whole, adapters(folder / "pool")) <= (1e-3 if zero_stage or replicas > 1 else 0.0)
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 def test_the_code_85_comes_through_the_deepspeed_launcher(folder: Path, base: Path) -> None:
     words = settings(folder, base=base, **{**LONG, "train__max_steps": 4000})
     launcher = [program("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
@@ -166,7 +166,7 @@ def test_the_code_85_comes_through_the_deepspeed_launcher(folder: Path, base: Pa
     assert "Traceback" not in outcome.err
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 @pytest.mark.slow
 def test_a_signal_to_the_quickstart_stops_its_ranks(folder: Path, base: Path) -> None:
     (folder / "job.yaml").write_text("seed: 0\n")

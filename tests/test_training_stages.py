@@ -88,7 +88,7 @@ def test_an_expert_that_diverges_is_named_by_its_card_and_by_the_exit_code(job):
     assert stage(job, "train-experts", **changes).code == 0
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 def test_a_killed_stage_goes_on_in_the_middle_of_its_experts(job):
     changes: dict[str, Any] = {"train__max_steps": 40, "train__save_steps": 1}
     words = [sys.executable, "-m", "glider_dist", "train-experts"]
@@ -122,7 +122,7 @@ def test_the_benchmark_compares_the_ways_on_any_base(tmp_path, capsys, monkeypat
     assert "64 experts" in printed
 
 
-@pytest.mark.distributed
+@pytest.mark.jobs
 def test_the_benchmark_sees_half_of_the_base_under_zero_3(tmp_path, capsys):
     train_sharded.run(str(save_tiny_base(tmp_path, tiny_causal(vocab_size=40000))))
     columns = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
