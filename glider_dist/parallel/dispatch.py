@@ -82,6 +82,7 @@ class Dispatch:
         self._owner = torch.tensor([*placement.owner, placement.ranks], device=device)
         self._slot = torch.tensor([*placement.slot, 0], device=device)
         self._owned = [np.array(placement.owned(rank), dtype=np.int64) for rank in range(placement.ranks)]
+        self._owner_EP = np.equal.outer(placement.owner, range(placement.ranks)).astype(np.float32)
         self.cache = ExpertCache(cache_bytes, self._owned[mesh.expert_rank], len(placement.names), device)
 
     def __call__(
@@ -228,9 +229,10 @@ class Dispatch:
         places = sum(route.expert_ids.shape[1] for route in routes)
         sizes = Shapes(shapes, places, x_Td.element_size(), routes[0].weights.element_size())
         assert control.need is not None
-        fetched = np.stack([(control.need[:, :, ids] == 2).sum(2) for ids in self._owned], 1)
-        serving = np.stack([(control.need[:, :, ids].max(0) > 0).sum(1) for ids in self._owned])
-        wanted = (control.need > 0).sum(2)
+        # Products count the experts of each owner several times as fast as index by index.
+        fetched = ((control.need == 2) @ self._owner_EP).transpose(0, 2, 1)
+        serving = ((control.need.max(0) > 0) @ self._owner_EP).T
+        wanted = np.count_nonzero(control.need, axis=2)
         by_tokens = tokens_time(self.costs, sizes, control.rows, control.used, serving, backward)
         by_weights = weights_time(self.costs, sizes, fetched, control.used.sum(2), wanted, backward)
         return "gather" if by_weights < by_tokens else "all_to_all"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,6 +18,8 @@ from glider_dist.parallel.exchange import gather_objects
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import contiguous
 from glider_dist.routing.route import Route
+
+_WARM_UP, _REPEATS = 3, 15
 
 
 def measure_costs(mesh: Mesh, device: torch.device) -> Costs:
@@ -41,19 +44,23 @@ def _fixed(mesh: Mesh, device: torch.device) -> dict[str, float]:
     x = torch.ones(1, 64, device=device, requires_grad=True)
     away = (mesh.expert_rank + 1) % mesh.expert_parallel
     route = Route(torch.tensor([[mesh.expert_rank, away]], device=device), torch.ones(1, 2, device=device))
-    found = {}
-    for way, name in (("all_to_all", "tokens"), ("gather", "weights")):
-        dispatch = Dispatch(mesh, placement, way, {"": ones}, device)
-        forward, both = [], []
-        for _ in range(12):
+    ways = {"tokens": "all_to_all", "weights": "gather"}
+    dispatches = {name: Dispatch(mesh, placement, way, {"": ones}, device) for name, way in ways.items()}
+    forward: dict[str, list[float]] = {name: [] for name in ways}
+    both: dict[str, list[float]] = {name: [] for name in ways}
+    # In turn, so that a slow moment hits both alike.
+    for _ in range(_WARM_UP + _REPEATS):
+        for name, dispatch in dispatches.items():
             dist.barrier(group=mesh.expert_group)
             started = _now(device)
             (out,) = dispatch(x, [""], [route], [bank])
-            forward.append(_now(device) - started)
+            forward[name].append(_now(device) - started)
             out.sum().backward()
-            both.append(_now(device) - started)
-        found[f"{name}_s"] = sorted(forward)[5]
-        found[f"{name}_back_s"] = max(sorted(both)[5] - found[f"{name}_s"], 0.0)
+            both[name].append(_now(device) - started)
+    found = {}
+    for name in ways:
+        found[f"{name}_s"] = statistics.median(forward[name][_WARM_UP:])
+        found[f"{name}_back_s"] = max(statistics.median(both[name][_WARM_UP:]) - found[f"{name}_s"], 0.0)
     return found
 
 
@@ -82,13 +89,13 @@ def _rates(mesh: Mesh, device: torch.device) -> dict[str, float]:
     return {**{name: value for name, value in asdict(Costs()).items() if name == "bandwidth"}, **found}
 
 
-def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 15) -> float:
+def _seconds(work: Callable[[], object], device: torch.device, repeats: int = _REPEATS) -> float:
     times = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + _WARM_UP):
         started = _now(device)
         work()
         times.append(_now(device) - started)
-    return sorted(times[2:])[repeats // 2]
+    return statistics.median(times[_WARM_UP:])
 
 
 def _now(device: torch.device) -> float:
