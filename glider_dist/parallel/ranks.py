@@ -126,7 +126,7 @@ def start_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> Ranks:
         timeout_minutes: how long a collective may wait before the job is ended.
 
     Raises:
-        GliderError: no GPU where one was asked for, or fewer GPUs than ranks on this node.
+        GliderError: no GPU where one was asked for, fewer GPUs than ranks on this node, or the ranks do not meet.
     """
     rank, world, local_rank, local_world = _environment()
     cuda = torch.cuda.is_available() and device in ("auto", "cuda")
@@ -150,9 +150,24 @@ def start_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> Ranks:
     control = None
     if world > 1:
         timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=target if cuda else None)
+        try:
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", timeout=timeout, device_id=target if cuda else None
+            )
+        except dist.DistError as error:
+            raise GliderError(_apart(rank, world, str(error))) from None
         control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
     return Ranks(rank, world, local_rank, local_world, target, control)
+
+
+def _apart(rank: int, world: int, reason: str) -> str:
+    address, port = (os.environ.get(key, "?") for key in ("MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in reason:
+        return (
+            f"port {port} is in use, perhaps by another job; start this one with --master_port and another number"
+        )
+    where, reason = f"{address}:{port}", " ".join(reason.split())[:200]
+    return f"rank {rank} of {world} did not meet the others at {where} ({reason}); see whether rank 0 runs there"
 
 
 def _keep_memory() -> None:
