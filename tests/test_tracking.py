@@ -245,6 +245,27 @@ def test_a_wandb_that_fails_in_the_middle_is_one_warning_and_the_run_goes_on(tmp
     assert len(_points(tmp_path / "run")) == 2
 
 
+def test_a_wandb_whose_process_is_killed_is_one_warning_and_no_traceback_at_the_end(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, time
+from pathlib import Path
+from glider_dist.tracking.run import Run
+
+run = Run.start(Path(sys.argv[1]), {}, "train-experts", "offline", is_main=True)
+children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+for child in children:
+    os.kill(int(child), signal.SIGKILL)
+for number in range(40):
+    run.log({"number": number})
+    time.sleep(0.05)
+run.finish()
+"""
+    done = _python(code, str(tmp_path))
+    assert (tmp_path / "log.txt").read_text().count("W&B stopped") == 1
+    assert "Traceback" not in done.stderr
+    assert len(_points(tmp_path)) == 40
+
+
 def test_progress_without_a_terminal_prints_few_whole_lines() -> None:
     printed = _python("""
 from glider_dist.tracking.log_file import EarlyLog

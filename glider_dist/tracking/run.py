@@ -13,6 +13,7 @@ Everything W&B receives is in the run directory too: a run without W&B, or with 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -163,6 +164,16 @@ class Run:
         except Exception as error:  # whatever W&B's own process or network did, the job goes on
             self._wandb = None
             logger.warning("W&B stopped (%s); the run goes on and is recorded in %s", error, self.run_dir)
+            if isinstance(error, ConnectionError):
+                _forget_wandb()
+
+
+def _forget_wandb() -> None:
+    """W&B's process is gone: leave nothing that would ask for it when Python ends, and print a traceback."""
+    with contextlib.suppress(Exception):
+        import wandb
+
+        wandb.teardown()
 
 
 def check_run_dir(run_dir: Path) -> None:
