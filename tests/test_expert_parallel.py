@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_generation import generate_all, shortlisted
 from rank_models import (
     MODELS,
     Found,
@@ -14,8 +15,6 @@ from rank_models import (
     alternate,
     compare_all,
     evaluate_between_steps,
-    generate_all,
-    shortlisted,
     train_after_inference,
 )
 
