@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -83,6 +84,22 @@ def test_stats_count_each_real_token_once_per_place_and_padding_never(name, left
     assert all(torch.equal(twice, 2 * stats[site]) for site, twice in gd.routing_stats(model).items())
     gd.reset_routing_stats(model)
     assert gd.routing_stats(model) == {}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_after_a_forward_no_input_of_a_layer_is_kept(name, pool_of):
+    model = MODELS[name]()
+    gd.attach_pool(model, pool_of(name), gd.RouterConfig(kind="phatgoose", top_k=2))
+    seen: list[weakref.ref[torch.Tensor]] = []
+    for site in context_of(model).banks:
+        # The encoder's states serve every decoding step.
+        if not reads_encoder(site):
+            module = model.get_submodule(site)
+            module.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+    with torch.no_grad():
+        model(**batch_of(model, ROWS, name in ("llama", "qwen")))
+    assert seen
+    assert not [ref for ref in seen if ref() is not None]
 
 
 def reads_encoder(site: str) -> bool:

@@ -67,7 +67,7 @@ class RoutingContext:
         self.banks = banks
         self.gates = gates
         self.prototypes = Prototypes(gates)
-        self.stacks = Stacks(model)
+        self.stacks = Stacks(model, self._forget_inputs)
         self.dispatch = dispatch
         self.shared = SharedInputs()
         self._eligible = {site: mask for site, mask in (eligible or {}).items() if not bool(mask.all())}
@@ -281,6 +281,11 @@ class RoutingContext:
         # Not again when activations are recomputed in a backward pass.
         if not in_backward():
             self.counts[site] = self.counts[site] + counts_E if site in self.counts else counts_E
+
+    def _forget_inputs(self) -> None:
+        # Activations would else stay until the next forward.
+        self._last_input = None
+        self.shared.finish()
 
     def _inputs(self, x: torch.Tensor, x_Td: torch.Tensor, tokens: Tokens) -> Inputs:
         # q, k and v (gate and up) are handed the same tensor object: this is computed once.

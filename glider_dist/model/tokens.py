@@ -8,6 +8,7 @@ are the new tokens), cross-attention (keys and values come from the encoder's to
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +52,14 @@ def find_tokens(batch: int, length: int, mask: torch.Tensor | None, device: torc
 class Stacks:
     """Watches the forward of each stack and remembers its tokens until the next one.
 
+    Args:
+        done: called when a stack's forward has ended.
+
     Attributes:
         idle: take all tokens for padding: the forward serves other ranks alone (:func:`glider_dist.generate`).
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, done: Callable[[], None]):
         self.idle = False
         self.tokens: dict[str, Tokens] = {}
         self.cross: tuple[torch.Tensor, Any, Tokens] | None = None
@@ -72,6 +76,7 @@ class Stacks:
                 self._observe(name, signature.bind_partial(*args, **kwargs).arguments)
 
             self.handles.append(module.register_forward_pre_hook(watch, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(lambda *_: done(), always_call=True))
 
     def stack_of(self, site: nn.Module) -> str:
         """The name of the stack that holds this module."""
