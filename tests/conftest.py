@@ -1,4 +1,4 @@
-"""Where the reference data lies, and settings that keep tests small and offline."""
+"""Settings that keep tests small and offline, and what many of them share."""
 
 from __future__ import annotations
 
@@ -17,18 +17,6 @@ from glider_dist.testing import LocalRanks, random_pool, save_tiny_base, tiny_ca
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-
-SHARED = Path(os.environ.get("GLIDER_DIST_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-
-
-def reference(name: str) -> Path:
-    """A folder of reference data kept beside the repository, or skip with a sentence that says so."""
-    folder = SHARED / name
-    if not folder.exists():
-        pytest.skip(
-            f"reference data {folder} is not there; set GLIDER_DIST_SHARED to the folder that holds {name}"
-        )
-    return folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

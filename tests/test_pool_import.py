@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import reference
 from peft import LoraConfig, get_peft_model
+from reference_data import reference
 from safetensors.torch import load_file, save_file
 from small_jobs import command, snapshot
 from transformers import AutoModelForSeq2SeqLM

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import reference
+from reference_data import reference
 from small_jobs import environment, finish, free_port, start
 
 import glider_dist as gd
