@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from glider_dist.bench.timing import joined_ranks, save, table
+from glider_dist.bench.timing import save, table
 from glider_dist.config import Config, MeshConfig, RouterConfig, TrainConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.attach import attach_pool, context_of, detach, query_scores
@@ -28,7 +28,7 @@ from glider_dist.model.base import load_base
 from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.engine import FrozenBase
 from glider_dist.parallel.exchange import count_traffic
-from glider_dist.parallel.local_ranks import LocalRanks
+from glider_dist.parallel.local_ranks import LocalRanks, joined_ranks
 from glider_dist.parallel.mesh import init_mesh
 from glider_dist.pool import ExpertPool
 from glider_dist.testing import random_pool

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from glider_dist.parallel.ranks import Ranks
 from glider_dist.pool.files import write_json
 
 
@@ -59,11 +54,3 @@ def table(rows: list[dict[str, Any]]) -> str:
 def save(path: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
     """Write rows and what they were measured with as JSON."""
     write_json(path, {"bench": name, **about, "rows": rows})
-
-
-def joined_ranks() -> Ranks:
-    """This process among the :class:`LocalRanks` that it is one of, as a stage sees it; for DeepSpeed, too."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(rank))
-    return Ranks(rank, world, rank, world, torch.device("cpu"), dist.group.WORLD)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from glider_dist.bench.timing import joined_ranks, table
+from glider_dist.bench.timing import table
 from glider_dist.bench.train import BASE, Bench, trainee
 from glider_dist.errors import GliderError
-from glider_dist.parallel.local_ranks import LocalRanks
+from glider_dist.parallel.local_ranks import LocalRanks, joined_ranks
 
 RANKS, EXPERTS, STEPS, BATCH, ROUNDS = 2, 4, 4, 8, 3
 

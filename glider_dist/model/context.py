@@ -235,11 +235,11 @@ class RoutingContext:
         if self._assigned_B is not None:
             kept_Td = x_Td if tokens.keep is None else x_Td[tokens.keep]
             gates = self.gates[site] if self.gated else None
-            row_T = _query_of(tokens, self._assigned_B.shape[0])
+            row_T = tokens.query_of(self._assigned_B.shape[0])
             return assigned_route(self._assigned_B, row_T, kept_Td, gates)
         bias_TE = None
         if self._bias_BE is not None:
-            bias_TE = self._bias_BE[_query_of(tokens, self._bias_BE.shape[0])]
+            bias_TE = self._bias_BE[tokens.query_of(self._bias_BE.shape[0])]
         elif needs_scores(self.router):
             raise GliderError(
                 f"router {self.router.kind!r} needs the queries' similarities to the experts; "
@@ -294,12 +294,3 @@ class RoutingContext:
             last = (x, tokens, Inputs.of(x_Td if tokens.keep is None else x_Td[tokens.keep]))
             self._last_input = last
         return last[2]
-
-
-def _query_of(tokens: Tokens, queries: int) -> torch.Tensor:
-    """The query of each token; generation repeats each query once per beam."""
-    if tokens.batch == queries or not len(tokens.row):
-        return tokens.row
-    if queries == 0 or tokens.batch % queries:
-        raise GliderError(f"scores were given for {queries} queries, but the batch has {tokens.batch} rows")
-    return tokens.row // (tokens.batch // queries)

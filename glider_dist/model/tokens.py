@@ -34,6 +34,18 @@ class Tokens:
     keep: torch.Tensor | None
     row: torch.Tensor
 
+    def query_of(self, queries: int) -> torch.Tensor:
+        """``[T]`` the query of each token; generation repeats each query once per beam.
+
+        Raises:
+            GliderError: the rows are no multiple of the queries.
+        """
+        if self.batch == queries or not len(self.row):
+            return self.row
+        if queries == 0 or self.batch % queries:
+            raise GliderError(f"scores were given for {queries} queries, but the batch has {self.batch} rows")
+        return self.row // (self.batch // queries)
+
 
 def find_tokens(batch: int, length: int, mask: torch.Tensor | None, device: torch.device) -> Tokens:
     """Read a 2-D mask ``[B, >= S]``, whose last S columns belong to the input; other masks mean no padding.

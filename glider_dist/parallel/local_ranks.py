@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from glider_dist.errors import GliderError
+from glider_dist.parallel.ranks import Ranks
 
 _START_S = 600.0
 """Importing torch in N processes takes a loaded machine long."""
@@ -124,6 +125,14 @@ class LocalRanks:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
+
+
+def joined_ranks() -> Ranks:
+    """On one of the :class:`LocalRanks`: this process as a stage sees it, ready for DeepSpeed."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(rank))
+    return Ranks(rank, world, rank, world, torch.device("cpu"), dist.group.WORLD)
 
 
 def _serve(rank: int, world: int, store: str, timeout_s: float, pipe: Connection) -> None:
