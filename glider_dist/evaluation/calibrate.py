@@ -2,7 +2,8 @@
 
 Every held-in validation query is scored twice at each candidate α: with its own expert in the pool, as a query
 the pool knows, and without it, as one the pool does not know. The three values are those that minimise the mean
-loss over both, exactly, by going through all candidates; no test query and no held-out task is looked at.
+loss over both, by going through all candidates, and where these queries do not decide, those nearest to the
+published ones; no test query and no held-out task is looked at.
 
 The loss is 1 - exp(-nll per target token), the chance to miss a token of the answer. In plain nats the queries
 whose expert was removed would decide alone: they lose 5 to 6 nats a token whatever α is, so that half a nat among
@@ -13,8 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +32,7 @@ from glider_dist.job import Job
 from glider_dist.model.attach import detach, set_router
 from glider_dist.pool.calibration import CALIBRATION_FILE, made_for
 from glider_dist.pool.files import write_json
+from glider_dist.routing.strategies import PUBLISHED
 from glider_dist.semantics.global_router import global_router, query_settings
 from glider_dist.semantics.index import FILE
 from glider_dist.tracking.progress import progress
@@ -107,8 +112,9 @@ def run(job: Job) -> None:
                 },
             },
         )
-        job.run.log({f"calibrate/{name}": value for name, value in chosen.items()})
-        log.info("calibrated on %d queries: %s", len(queries), chosen)
+        found = {name: value for name, value in chosen.items() if name != "tied"}
+        job.run.log({f"calibrate/{name}": value for name, value in found.items()})
+        log.info("calibrated on %d queries: %s", len(queries), found)
     job.ranks.barrier()
 
 
@@ -119,39 +125,54 @@ def _fixed(alpha: float) -> dict[str, Any]:
     return {"alpha_in": alpha, "alpha_out": alpha, "threshold": 0.0}
 
 
-def choose(losses: np.ndarray, best_cosine: np.ndarray, alphas: list[float]) -> dict[str, float]:
-    """The α inside, α outside and threshold with the least mean loss.
+def choose(losses: np.ndarray, best_cosine: np.ndarray, alphas: Sequence[float]) -> dict[str, Any]:
+    """The α inside, α outside and threshold with the least mean loss, as far as these queries can tell.
 
-    Thresholds that differ from the best one by less than one standard error of the difference fit as well; of
-    these the one in the middle of the range is taken, since new wordings move cosines either way.
+    Pairs of α that lose by at most one standard error of the difference fit as well as the best one. Of these
+    the pair nearest to the published 100 and 3 is taken (sum of the distances in log α): on a few dozen queries
+    the least loss alone is a matter of rounding. Of the thresholds that fit as well, the middle of their range is
+    taken, since new wordings move cosines either way.
 
     Args:
         losses: ``[len(alphas), N]`` loss of each query (own expert present, then removed) at each α.
         best_cosine: ``[N]`` each query's largest cosine.
 
     Returns:
-        ``{"alpha_in", "alpha_out", "threshold", "loss"}``; ``alpha_in >= alpha_out``.
+        ``{"alpha_in", "alpha_out", "threshold", "loss", "tied"}``; ``alpha_in >= alpha_out``; ``tied`` lists all
+        pairs that fit as well.
     """
     values = np.unique(best_cosine)
     candidates = np.concatenate([[values[0] - 0.01], (values[1:] + values[:-1]) / 2, [values[-1] + 0.01]])
     inside = best_cosine[None, :] > candidates[:, None]
-    found: tuple[float, int, int] | None = None
-    for i in range(len(alphas)):
-        for o in range(len(alphas)):
-            if alphas[i] >= alphas[o]:
-                least = float(np.where(inside, losses[i], losses[o]).mean(1).min())
-                if found is None or least < found[0] - 1e-12:
-                    found = (least, i, o)
-    assert found is not None
-    _, i, o = found
-    per_query = np.where(inside, losses[i], losses[o])
-    mean = per_query.mean(1)
-    at = int(mean.argmin())
-    excess = per_query - per_query[at]
-    error = excess.std(1) / np.sqrt(excess.shape[1])
-    fits = candidates[mean - mean[at] <= error]
-    threshold = float((fits.min() + fits.max()) / 2)
-    return {"alpha_in": alphas[i], "alpha_out": alphas[o], "threshold": threshold, "loss": float(mean[at])}
+    pairs = {}
+    for high, outer in itertools.product(range(len(alphas)), repeat=2):
+        if alphas[high] >= alphas[outer]:
+            per_query = np.where(inside, losses[high], losses[outer])
+            pairs[float(alphas[high]), float(alphas[outer])] = per_query[per_query.mean(1).argmin()], per_query
+    best = min((of_queries for of_queries, _ in pairs.values()), key=np.mean)
+    tied = [pair for pair, (of_queries, _) in pairs.items() if _fits(of_queries, best)]
+    tied.sort(key=_from_published)
+    of_queries, per_query = pairs[tied[0]]
+    thresholds = candidates[_fits(per_query, of_queries)]
+    return {
+        "alpha_in": tied[0][0],
+        "alpha_out": tied[0][1],
+        "threshold": float((thresholds.min() + thresholds.max()) / 2),
+        "loss": float(of_queries.mean()),
+        "tied": [list(pair) for pair in tied],
+    }
+
+
+def _fits(losses: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """Whether losses ``[..., N]`` exceed those of the best choice ``[N]`` by at most one standard error."""
+    excess = losses - best
+    return np.asarray(excess.mean(-1) <= excess.std(-1) / np.sqrt(len(best)))
+
+
+def _from_published(pair: tuple[float, float]) -> float:
+    published = PUBLISHED["alpha_in"], PUBLISHED["alpha_out"]
+    # α may be 0: no global score at all.
+    return sum(abs(math.log(max(a, 1e-3) / b)) for a, b in zip(pair, published, strict=True))
 
 
 def _mean_losses(losses: np.ndarray, alphas: list[float]) -> dict[str, list[float]]:
