@@ -225,9 +225,10 @@ def assign_experts(model: nn.Module, expert_ids: torch.Tensor) -> Iterator[None]
         GliderError: if there is no such expert.
     """
     context = context_of(model)
-    if any(not 0 <= index < len(context.names) for index in expert_ids.tolist()):
-        raise GliderError(f"expert ids must lie in [0, {len(context.names)}), but are {expert_ids.tolist()}")
-    with context.assigned(expert_ids.to(device_of(model))):
+    experts = expert_ids.tolist()
+    if any(not 0 <= index < len(context.names) for index in experts):
+        raise GliderError(f"expert ids must lie in [0, {len(context.names)}), but are {experts}")
+    with context.assigned(experts, device_of(model)):
         yield
 
 

@@ -18,6 +18,7 @@ from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
 from glider_dist.lora.apply import count_rows
 from glider_dist.lora.bank import SiteBank
+from glider_dist.lora.blocks import Blocks
 from glider_dist.lora.lag import delta_norms
 from glider_dist.lora.merge import merge_banks, subtract_general
 from glider_dist.model.prototypes import Prototypes
@@ -51,6 +52,7 @@ class RoutingContext:
         prototypes: what local scores compare tokens with.
         dispatch: how tokens and experts of other ranks meet; None if this rank holds every expert.
         shared: sites that read the same input, which share an exchange.
+        blocks: the batch by assigned expert, if there is one and this rank holds every expert.
         watch: shown the scores ``[T, E]`` of each site's tokens, returns those that decide; None: they do.
     """
 
@@ -73,6 +75,7 @@ class RoutingContext:
         self._eligible = {site: mask for site, mask in (eligible or {}).items() if not bool(mask.all())}
         self._brought: tuple[torch.Tensor, dict[str, SiteBank]] | None = None
         self.gated = False
+        self.blocks: Blocks | None = None
         self.watch: Callable[[str, Tokens, torch.Tensor], torch.Tensor] | None = None
         self.counts: dict[str, torch.Tensor] = {}
         self.router = RouterConfig(kind="base")
@@ -221,13 +224,22 @@ class RoutingContext:
         return route if self._brought is None else replace(route, expert_ids=self._brought[0][route.expert_ids])
 
     @contextlib.contextmanager
-    def assigned(self, expert_B: torch.Tensor) -> Iterator[None]:
-        """Serve query b by expert ``expert_B[b]`` alone, whatever the router; ids follow :attr:`names`."""
-        before, self._assigned_B = self._assigned_B, expert_B
+    def assigned(self, experts: Sequence[int], device: torch.device) -> Iterator[None]:
+        """Serve query b by expert ``experts[b]`` alone, whatever the router; ids follow :attr:`names`."""
+        expert_B = torch.tensor(experts, dtype=torch.int64, device=device)
+        blocks = Blocks.of(experts, len(self.names), device) if self.dispatch is None else None
+        before = self._assigned_B, self.blocks
+        self._assigned_B, self.blocks = expert_B, blocks
         try:
             yield
         finally:
-            self._assigned_B = before
+            self._assigned_B, self.blocks = before
+
+    def assigned_counts(self, tokens: Tokens) -> torch.Tensor:
+        """Real tokens of each expert under the assignment; ``[E]`` int64."""
+        assert self._assigned_B is not None
+        ids_T = self._assigned_B[tokens.query_of(self._assigned_B.shape[0])]
+        return ids_T.new_zeros(len(self.names)).scatter_add_(0, ids_T, torch.ones_like(ids_T))
 
     def route(self, site: str, x: torch.Tensor, tokens: Tokens, bank: SiteBank) -> Route:
         """Choose experts for the real tokens of one layer's input ``[..., d]``."""

@@ -16,6 +16,7 @@ from glider_dist.lora.apply import (
     is_small,
     plan_rows,
 )
+from glider_dist.lora.blocks import add_blocks
 from glider_dist.model.context import RoutingContext
 
 
@@ -53,6 +54,10 @@ class RoutedLinear(nn.Module):
             keep = context.stacks.tokens_of(self.stack, x).keep
             return (y_To + delta_to if keep is None else y_To.index_add(0, keep, delta_to)).view_as(y)
         tokens = context.stacks.tokens_of(self.stack, x)
+        if (blocks := context.blocks) is not None and blocks.fit(x_Td, bank):
+            context.count(self.site, context.assigned_counts(tokens))
+            gates = context.gates[self.site] if context.gated else None
+            return add_blocks(y_To, x_Td, bank, blocks, gates).view_as(y)
         route = context.route(self.site, x, tokens, bank)
         context.count(self.site, count_rows(route, len(context.names)))
         route = context.local_ids(route)

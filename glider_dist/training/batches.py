@@ -81,7 +81,8 @@ def micro_batches(
         rows = sorted(((slot, item) for slot in group for item in chosen[slot]), key=lambda row: len(row[1]))
         overhead = packing.overhead + (packing.per_expert * len(group) if len(group) > 1 else 0)
         for start, end in cuts([len(item) for _, item in rows], packing, overhead):
-            part = rows[start:end]
+            # By slot again: rows of one expert side by side need no copy (``glider_dist.lora.blocks``).
+            part = sorted(rows[start:end], key=lambda row: row[0])
             slots = [slot for slot, _ in part]
             found.append(MicroBatch(min(slots), max(slots) + 1, slots, [item for _, item in part]))
     return found
