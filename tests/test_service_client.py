@@ -19,7 +19,7 @@ from glider_dist.pool import ExpertPool
 from glider_dist.semantics.client import RemoteEmbedder
 from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.global_router import GlobalRouter
-from glider_dist.semantics.index import FILE, IndexSettings, build_index, read_index, save_index
+from glider_dist.semantics.index import FILE, IndexSettings, build_index, known_vectors, read_index, save_index
 from glider_dist.semantics.settings import ServiceConfig
 from glider_dist.testing import random_pool, tiny_causal
 
@@ -189,16 +189,17 @@ def test_prefixes_are_stored_with_the_index_and_checked(pool: ExpertPool, local:
 
 def test_only_new_descriptions_are_embedded(pool: ExpertPool, local: Embedder):
     old = read_index(pool.router_dir / FILE)
+    known = known_vectors(old, local)
     texts = {expert.name: list(expert.card()["descriptions"]) for expert in pool.experts()}
-    same, embedded = build_index(texts, local, old=old)
+    same, embedded = build_index(texts, local, known=known)
     assert embedded == 0
     assert torch.equal(same.embeddings, old.embeddings)
     texts["expert_9"] = ["Something quite new."]
     del texts["expert_0"]
-    changed, embedded = build_index(texts, local, old=old)
+    changed, embedded = build_index(texts, local, known=known)
     assert embedded == 1
     torch.testing.assert_close(changed.embeddings, build_index(texts, local)[0].embeddings, rtol=0, atol=1e-5)
-    assert build_index(texts, local, IndexSettings(description_prefix="x "), old)[1] == len(changed.owner) - 1
+    assert build_index(texts, local, IndexSettings(description_prefix="x "), known)[1] == len(changed.owner) - 1
 
 
 def test_the_index_stage_uses_the_service_of_the_environment(

@@ -30,9 +30,12 @@ from small_jobs import (
 )
 
 from glider_dist.errors import EXIT_STOPPED, Stopped
-from glider_dist.parallel.stopping import StopWish
+from glider_dist.evaluation.partial import PartialLosses
+from glider_dist.parallel.stopping import STOP_FILE, StopWish
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json
+from glider_dist.semantics.embedder import Embedder
+from glider_dist.semantics.index import FILE, load_index
 from glider_dist.testing import LocalRanks, random_pool, tiny_causal
 
 LONG: dict[str, Any] = {"train__max_steps": 40, "train__eval_every": 20, "train__save_steps": 5}
@@ -118,6 +121,74 @@ def test_an_evaluation_that_may_take_one_batch_a_start_gives_the_same_rows(folde
     for kind in ("base", "phatgoose"):
         assert answers("run", kind) == answers("run2", kind)
     assert list((folder / "run" / "rows" / "partial").iterdir()) == []
+
+
+def test_a_calibration_that_may_try_one_alpha_a_start_chooses_the_same(folder, base, monkeypatch):
+    pool = random_pool(folder / "pool", tiny_causal(), experts=HELD_IN)
+    describe_and_index(pool)
+    words: dict[str, Any] = {"base": base, "calibrate__alphas": "[1,3,10,30]"}
+    stop, add, tried = folder / "stop", PartialLosses.add, []
+
+    def stop_after(self: PartialLosses, alpha: float, nll: Any) -> None:
+        add(self, alpha, nll)
+        tried.append(alpha)
+        stop.touch()
+
+    monkeypatch.setattr(PartialLosses, "add", stop_after)
+    monkeypatch.setattr("glider_dist.parallel.stopping._LOOK_SECONDS", 0.0)
+    monkeypatch.setenv(STOP_FILE, str(stop))
+    codes = []
+    for _ in range(4):
+        stop.unlink(missing_ok=True)
+        with cores(1):
+            codes.append(command("calibrate", *settings(folder, **words)).code)
+    assert codes == [EXIT_STOPPED] * 3 + [0]
+    assert tried == [1.0, 3.0, 10.0, 30.0]
+    assert not (folder / "run" / "calibrate.json").exists()
+    file = pool.router_dir / "calibration.json"
+    chosen = read_json(file)
+    file.unlink()
+    monkeypatch.delenv(STOP_FILE)
+    with cores(1):
+        assert command("calibrate", *settings(folder, **{**words, "run_dir": folder / "run2"})).code == 0
+    assert read_json(file) == chosen
+
+
+def test_losses_of_another_calibration_and_a_damaged_file_are_computed_again(folder, base):
+    pool = random_pool(folder / "pool", tiny_causal(), experts=HELD_IN)
+    describe_and_index(pool)
+    words: dict[str, Any] = {"base": base, "calibrate__alphas": "[1,3]"}
+    kept = folder / "run" / "calibrate.json"
+    for left in (None, '{"key": "of another", "nll": {"1.0": [0.5], "3.0": [0.5]}}', '{"key": '):
+        if left is not None:
+            kept.write_text(left)
+        with cores(1):
+            assert command("calibrate", *settings(folder, **words)).code == 0
+        found = read_json(pool.router_dir / "calibration.json")
+        assert found["queries"] == 6
+        assert found["loss"] > 0.9  # a random base
+        (pool.router_dir / "calibration.json").unlink()
+
+
+def test_an_index_that_may_embed_two_experts_a_start_embeds_each_of_them_once(folder, base, monkeypatch):
+    pool = random_pool(folder / "pool", tiny_causal(), experts=[f"expert_{place}" for place in range(7)])
+    for expert in pool.experts():
+        expert.update_card(descriptions=[f"Does what {expert.name} does."])
+    monkeypatch.setattr("glider_dist.semantics.index._AT_ONCE", 2)
+    embedded: list[str] = []
+    compute = Embedder.compute
+
+    def noted(self: Embedder, texts: Any) -> Any:
+        embedded.extend(texts)
+        return compute(self, texts)
+
+    monkeypatch.setattr(Embedder, "compute", noted)
+    words = {"base": base, "tasks__held_in": "[]", "tasks__held_out": "[]"}
+    assert starts_until_done("index", settings(folder, max_minutes=1e-9, **words)) == 4
+    assert sorted(embedded) == sorted(f"Does what {name} does." for name in pool.names)
+    index = load_index(pool.router_dir / FILE, pool.names)
+    assert index.rows is not None
+    assert not (folder / "run" / "index.safetensors").exists()
 
 
 @pytest.mark.jobs

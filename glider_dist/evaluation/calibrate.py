@@ -26,6 +26,7 @@ import torch
 
 from glider_dist.errors import GliderError
 from glider_dist.evaluation.evaluate import calibration_of
+from glider_dist.evaluation.partial import PartialLosses
 from glider_dist.evaluation.queries import QueryRunner, make_queries, queries_digest
 from glider_dist.evaluation.routers import router_scope, router_settings
 from glider_dist.job import Job
@@ -81,17 +82,22 @@ def run(job: Job) -> None:
     mine = list(range(job.ranks.rank, len(encoded), job.ranks.world))
     model = job.attach(pool, dataclasses.replace(cfg.router, kind="glider", **_fixed(1.0)))
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size, job.stop)
-    losses = np.zeros((len(cfg.calibrate.alphas), len(encoded)))
+    kept = PartialLosses(job.run_dir / "calibrate.json", key, job.ranks)
     try:
-        for place, alpha in enumerate(progress(cfg.calibrate.alphas, desc="alphas", enabled=job.ranks.is_main)):
+        for alpha in progress(cfg.calibrate.alphas, desc="alphas", enabled=job.ranks.is_main):
+            if alpha in kept.nll:
+                continue
             fixed = dataclasses.replace(cfg.router, kind="glider", **_fixed(alpha))
             set_router(model, fixed)
             scope = router_scope(model, fixed, both[mine], None)
-            losses[place, mine] = runner.nll([encoded[i] for i in mine], scope).numpy()  # nats per token
+            nll_N = np.zeros(len(encoded))
+            nll_N[mine] = runner.nll([encoded[i] for i in mine], scope).numpy()  # nats per token
             job.stop.agree(runner.broke_off)
+            kept.add(alpha, np.sum(job.ranks.gather(nll_N), axis=0))
+            job.stop.agree(job.stop.wished and len(kept.nll) < len(cfg.calibrate.alphas))
     finally:
         detach(model)
-    nll = np.sum(job.ranks.gather(losses), axis=0)
+    nll = np.stack([kept.nll[alpha] for alpha in cfg.calibrate.alphas])
     losses = 1 - np.exp(-nll)
     best = both.amax(1).numpy().astype(np.float64)
     chosen = choose(losses, best, cfg.calibrate.alphas)
@@ -115,6 +121,7 @@ def run(job: Job) -> None:
         found = {name: value for name, value in chosen.items() if name != "tied"}
         job.run.log({f"calibrate/{name}": value for name, value in found.items()})
         log.info("calibrated on %d queries: %s", len(queries), found)
+        kept.remove()
     job.ranks.barrier()
 
 

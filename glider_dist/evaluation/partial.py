@@ -1,4 +1,4 @@
-"""The answers of a row that is not done: kept now and then, so that a job that ended early asks them only once."""
+"""What an evaluation or a calibration has found so far, kept for the start after one that ended early."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from glider_dist.errors import GliderError
@@ -79,3 +80,34 @@ class PartialRow:
         """Delete the files of all ranks and starts: the row is done."""
         for path in self._folder.glob(f"{self._kind}.*.json"):
             path.unlink(missing_ok=True)
+
+
+class PartialLosses:
+    """The losses of a calibration at each α so far. All ranks make it together.
+
+    Attributes:
+        nll: ``{α: [N]}`` fp64 nats per token of each query; the same on all ranks.
+    """
+
+    def __init__(self, path: Path, key: str, ranks: Ranks):
+        self._path, self._key, self._ranks = path, key, ranks
+        self.nll: dict[float, np.ndarray] = ranks.gather(self._read() if ranks.is_main else None)[0] or {}
+
+    def _read(self) -> dict[float, np.ndarray]:
+        try:
+            value = read_json(self._path) if self._path.exists() else {}
+            rows = value["nll"].items() if value.get("key") == self._key else ()
+            return {float(alpha): np.array(row, dtype=np.float64) for alpha, row in rows}
+        except (GliderError, AttributeError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s is damaged (%s); its losses are computed again", self._path, error)
+            return {}
+
+    def add(self, alpha: float, nll_N: np.ndarray) -> None:
+        """Keep the losses at an α, which all ranks have."""
+        self.nll[alpha] = nll_N
+        plain = {str(known): row.tolist() for known, row in self.nll.items()}
+        self._ranks.on_main(lambda: write_json(self._path, {"key": self._key, "nll": plain}))
+
+    def remove(self) -> None:
+        """Delete the file: the calibration is done."""
+        self._path.unlink(missing_ok=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +22,7 @@ from glider_dist.pool.files import replacing
 from glider_dist.semantics.client import Unreachable
 from glider_dist.semantics.describe import descriptions_of
 from glider_dist.semantics.embedder import TextEmbedder
+from glider_dist.tracking.progress import progress
 
 if TYPE_CHECKING:
     from glider_dist.config import Config
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FILE = "embeddings.safetensors"
+_AT_ONCE = 1024
+"""Experts whose descriptions are embedded between two looks at a wish to stop."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,12 @@ def build_index(
     descriptions: dict[str, list[str]],
     embedder: TextEmbedder,
     settings: IndexSettings | None = None,
-    old: Index | None = None,
+    known: Mapping[bytes, torch.Tensor] = MappingProxyType({}),
 ) -> tuple[Index, int]:
-    """Embed ``{expert: descriptions}``; rows of ``old`` by the same model and prefix are taken from it.
+    """Embed ``{expert: descriptions}``.
+
+    Args:
+        known: :func:`known_vectors` of earlier indexes; what is in there is not embedded again.
 
     Returns:
         The index and how many texts were embedded for it.
@@ -124,21 +132,16 @@ def build_index(
             raise GliderError(f"expert {name!r} has no description; run describe first")
     owner = [index for index, texts in enumerate(descriptions.values()) for _ in texts]
     texts = [settings.description_prefix + text for texts in descriptions.values() for text in texts]
-    fingerprint = embedder.fingerprint() or ""
-    known = _known_rows(old, embedder.name, fingerprint)
     digests = [_text_digest(text) for text in texts]
     new = {digest: text for digest, text in zip(digests, texts, strict=True) if digest not in known}
     vectors = dict(zip(new, embedder.embed(list(new.values())), strict=True))
-    for digest in digests:
-        if digest not in vectors and old is not None:
-            vectors[digest] = old.embeddings[known[digest]]
     index = Index(
         tuple(descriptions),
-        torch.stack([vectors[digest] for digest in digests]),
+        torch.stack([known[digest] if digest in known else vectors[digest] for digest in digests]),
         torch.tensor(owner),
         embedder.name,
         texts_digest(descriptions),
-        fingerprint,
+        embedder.fingerprint() or "",
         settings.query_prefix,
         settings.description_prefix,
         settings.pooling,
@@ -147,11 +150,12 @@ def build_index(
     return index, len(new)
 
 
-def _known_rows(old: Index | None, embedder: str, fingerprint: str) -> dict[bytes, int]:
-    """``{digest of the text: row}`` of an index that the same model made."""
-    if old is None or old.rows is None or (old.embedder, old.fingerprint) != (embedder, fingerprint):
+def known_vectors(index: Index, embedder: TextEmbedder) -> dict[bytes, torch.Tensor]:
+    """``{sha256 of a text: its vector}`` of an index, if the same model made it; else nothing."""
+    same = (index.embedder, index.fingerprint) == (embedder.name, embedder.fingerprint() or "")
+    if index.rows is None or not same:
         return {}
-    return {row.tobytes(): place for place, row in enumerate(old.rows.numpy())}
+    return {row.tobytes(): vector for row, vector in zip(index.rows.numpy(), index.embeddings, strict=True)}
 
 
 def save_index(index: Index, path: Path) -> None:
@@ -217,7 +221,10 @@ def load_index(path: Path, names: Sequence[str], descriptions: dict[str, list[st
 
 
 def run(job: Job) -> None:
-    """Embed the descriptions of the pool, unless its index already holds exactly these."""
+    """Embed the descriptions of the pool, unless its index already holds exactly these.
+
+    A job that is to stop keeps what it has embedded in ``run_dir/index.safetensors``.
+    """
     pool = job.open_pool(check_base=False)
     if not pool.names:
         raise GliderError(f"pool {pool.path} holds no experts")
@@ -225,9 +232,11 @@ def run(job: Job) -> None:
 
     embedder, settings = job.embedder, index_settings(job.cfg)
     descriptions = descriptions_of(pool)
-    path = pool.router_dir / FILE
+    path, kept = pool.router_dir / FILE, job.run_dir / "index.safetensors"
+    broke_off = False
 
     def work() -> None:
+        nonlocal broke_off
         try:
             GlobalRouter(pool, embedder, settings).check_embedder()
             log.info("the index is up to date")
@@ -236,13 +245,25 @@ def run(job: Job) -> None:
             raise
         except GliderError as error:
             log.debug("the index is made: %s", error)
-        try:
-            old = read_index(path)
-        except GliderError:
-            old = None
-        made, embedded = build_index(descriptions, embedder, settings, old)
+        known: dict[bytes, torch.Tensor] = {}
+        for old in (path, kept):
+            with contextlib.suppress(GliderError):
+                known |= known_vectors(read_index(old), embedder)
+        names, embedded = list(descriptions), 0
+        for end in progress(range(_AT_ONCE, len(names) + _AT_ONCE, _AT_ONCE), desc="experts", enabled=True):
+            part = {name: descriptions[name] for name in names[:end]}
+            made, new = build_index(part, embedder, settings, known)
+            embedded += new
+            if len(part) < len(names):
+                known |= known_vectors(made, embedder)
+                if new and job.stop.wished:
+                    save_index(made, kept)
+                    broke_off = True
+                    return
         save_index(made, path)
+        kept.unlink(missing_ok=True)
         job.run.log({"index/descriptions": len(made.owner), "index/embedded": embedded})
         log.info("indexed %d descriptions of %d experts, %d of them new", len(made.owner), len(pool), embedded)
 
     job.ranks.on_main(work)
+    job.stop.agree(broke_off)
