@@ -35,6 +35,7 @@ class Endpoint:
 
     replies: list[Any] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     delay: float = 0.0
@@ -48,6 +49,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            state.bodies.append(body)
             state.prompts.append(body["messages"][0]["content"])
             state.headers.append({key.lower(): value for key, value in self.headers.items()})
             state.times.append(time.monotonic())
@@ -229,6 +231,26 @@ def test_nonsense_is_asked_for_again_and_then_the_tasks_own_text_stays(
     assert cards(tmp_path)["upper"]["description_source"] == "task descriptions"
     assert "1 experts keep the texts of their tasks" in done.err
     assert "(5 not valid JSON)" in done.err
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_an_endpoint_that_takes_no_schema_is_asked_without_one_from_then_on(endpoint: Endpoint, status: int):
+    endpoint.replies = [status, good("One."), good("Two.")]
+    model = ChatModel(DescribeConfig(cache="off"))
+    assert model.descriptions("$what", 1, {"what": "first"}) == ["One."]
+    assert model.descriptions("$what", 1, {"what": "second"}) == ["Two."]
+    model.close()
+    first, *others = (body.get("response_format") for body in endpoint.bodies)
+    items = first["json_schema"]["schema"]["properties"]["descriptions"]
+    assert (items["minItems"], items["maxItems"]) == (1, 1)
+    assert others == [None, None]
+
+
+def test_a_refusal_for_another_reason_is_told(endpoint: Endpoint):
+    endpoint.replies = [400]
+    with pytest.raises(GliderError, match="refuses \\(status 400\\)"):
+        ChatModel(DescribeConfig(cache="off")).descriptions("$what", 1, {"what": "first"})
+    assert len(endpoint.prompts) == 2
 
 
 def test_requests_keep_to_the_rate(endpoint: Endpoint):

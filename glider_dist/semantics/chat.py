@@ -91,6 +91,8 @@ class ChatModel:
         )
         self._failures = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
         self._refusals = openai.APIStatusError
+        self._not_understood = (openai.BadRequestError, openai.UnprocessableEntityError)
+        self._takes_schema = True
         self._lock = threading.Lock()
         self._next = 0.0
         self._file = None
@@ -114,7 +116,7 @@ class ChatModel:
             return list(json.loads(entry))
         reason = ""
         for turn in range(self.settings.tries):
-            text = self._ask(prompt, turn)
+            text = self._ask(prompt, number, turn)
             try:
                 found = parse_descriptions(text, number)
             except ValueError as error:
@@ -127,16 +129,12 @@ class ChatModel:
             return found
         raise NoAnswer(f"chat model {self.model!r} gave no valid answer in {self.settings.tries} tries ({reason})")
 
-    def _ask(self, prompt: str, turn: int) -> str:
-        self._pace()
+    def _ask(self, prompt: str, number: int, turn: int) -> str:
         temperature = self.settings.temperature
+        if turn:
+            temperature = max(temperature, _LATER_TEMPERATURE)
         try:
-            answer: Any = self._client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": prompt}],
-                max_tokens=self.settings.max_tokens,
-                temperature=max(temperature, _LATER_TEMPERATURE) if turn else temperature,
-            )
+            answer = self._create(prompt, number, temperature)
         except self._failures as error:
             raise NoAnswer(
                 f"the chat endpoint failed ({type(error).__name__}); run again, what is done is kept"
@@ -151,6 +149,27 @@ class ChatModel:
                 self.usage.completion_tokens += answer.usage.completion_tokens
         return (answer.choices[0].message.content or "") if answer.choices else ""
 
+    def _create(self, prompt: str, number: int, temperature: float) -> Any:
+        self._pace()
+        with_schema = self._takes_schema
+        more: dict[str, Any] = {"response_format": _form_of(number)} if with_schema else {}
+        try:
+            return self._client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": prompt}],
+                max_tokens=self.settings.max_tokens,
+                temperature=temperature,
+                **more,
+            )
+        except self._not_understood as error:
+            if not with_schema:
+                raise
+            # Perhaps for another reason: then it refuses again.
+            with self._lock:
+                self._takes_schema = False
+            log.debug("the chat endpoint may take no JSON schema (status %d): asked without", error.status_code)
+            return self._create(prompt, number, temperature)
+
     def _pace(self) -> None:
         if self.settings.requests_per_minute <= 0:
             return
@@ -164,6 +183,21 @@ class ChatModel:
         self._client.close()
         if self._file is not None:
             self._file.close()
+
+
+def _form_of(number: int) -> dict[str, Any]:
+    """The answer's JSON schema, for servers that let a model write nothing else (OpenAI, vLLM, llama.cpp, ...)."""
+    sentences = {"type": "array", "items": {"type": "string"}, "minItems": number, "maxItems": number}
+    schema = {
+        "type": "object",
+        "properties": {"descriptions": sentences},
+        "required": ["descriptions"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": "descriptions", "strict": True, "schema": schema},
+    }
 
 
 def parse_descriptions(text: str, number: int) -> list[str]:
