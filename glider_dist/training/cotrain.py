@@ -180,7 +180,6 @@ class CoTraining:
         }
         self.optimizer.step(self.slots.weights, self.slots.grads, updates, norms)
         for slot, trainee in self._active.items():
-            self.slots.grads[slot].zero_()
             trainee.took(losses[slot], slot not in bad)
         rates = [update.learning_rate for update in updates.values()]
         return Turn(list(losses.values()), list(norms.values()), rates)
@@ -197,7 +196,7 @@ class CoTraining:
             return self.runner.train(micro, [1 / targets[slot] for slot in micro.slots])
 
         nll = self._nll(chosen, apart, train)
-        # Slots between them that are idle have gradients of zero.
+        # With those of slots between them that are idle, which nobody reads.
         self.replicas.sum(self.slots.grads[min(chosen) : max(chosen) + 1])
         losses = {slot: value / targets[slot] for slot, value in nll.items()}
         return losses, row_norms(self.slots.grads, list(chosen))
