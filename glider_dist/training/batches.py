@@ -35,10 +35,10 @@ class Packing:
 def packing_for(device: torch.device, tokens: int | None, rows: int | None) -> Packing:
     """The sizes for a device; ``tokens`` and ``rows`` are ``train.micro_batch_tokens`` and ``_size``.
 
-    Measured for SmolLM2-135M in bf16 on one core: a forward and backward costs as much as 96 tokens besides its own
-    (0.3 s and 3.2 ms a token), and a few ms for each expert in it, so that mixing pays up to the largest forward:
-    8 experts of 8 rows take 0.86 times as long as with forwards of their own. The sizes for a GPU are estimates:
-    nothing was measured there.
+    Measured for SmolLM2-135M in bf16 on one core: a forward and backward costs as much as 96 tokens besides its
+    own (0.3 s and 3.2 ms a token), and a few ms for each expert in it, so that mixing pays up to the largest
+    forward: 8 experts of 8 rows take 0.86 times as long as with forwards of their own. The sizes for a GPU are
+    estimates: nothing was measured there.
     """
     found = Packing(2048, 2048, 2048, 96, 4) if device.type == "cpu" else Packing(8192, 4096, 8192, 2048, 16)
     tokens = tokens or found.tokens
