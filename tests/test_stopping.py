@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import rank_checkpoints as work
+import torch
+from safetensors.torch import load_file
 from small_jobs import (
     HELD_IN,
     adapters,
@@ -189,6 +191,18 @@ def test_an_index_that_may_embed_two_experts_a_start_embeds_each_of_them_once(fo
     index = load_index(pool.router_dir / FILE, pool.names)
     assert index.rows is not None
     assert not (folder / "run" / "index.safetensors").exists()
+
+
+def test_average_activations_of_one_expert_a_start_are_those_of_one_start(folder, base):
+    found = []
+    for name, limit in (("pool", 1e-9), ("other", 1e9)):
+        pool = random_pool(folder / name, tiny_causal(), experts=HELD_IN)
+        words: dict[str, Any] = {"base": base, "pool": folder / name, "max_minutes": limit}
+        starts = starts_until_done("average-activations", settings(folder, **words))
+        assert starts == (3 if limit < 1 else 1)
+        found.append([load_file(expert.path / "activation.safetensors") for expert in pool.experts()])
+    for mine, theirs in zip(*found, strict=True):
+        assert all(torch.equal(mine[site], theirs[site]) for site in theirs)
 
 
 @pytest.mark.jobs

@@ -48,15 +48,18 @@ def run(job: Job) -> None:
         return
     pool.check_base(job.fingerprint)
     model = attach_pool(job.frozen.model, pool, RouterConfig(kind="base"))
+    broke_off = False
     try:
         mine = todo[job.ranks.rank :: job.ranks.world]
         for task in progress(mine, desc="experts", enabled=job.ranks.is_main):
             means = average_activations(model, _batches(job, pool, task), pool.names.index(task.name))
             write_activations(pool.expert(task.name), means, made_from[task.name])
+            if broke_off := job.stop.wished and task is not mine[-1]:
+                break
         job.frozen.drain(lambda kind: model(**job.collator.dummy().inputs))
     finally:
         detach(model)
-    job.ranks.barrier()
+    job.stop.agree(broke_off)
 
 
 def _batches(job: Job, pool: ExpertPool, task: Task) -> Iterator[dict[str, Any]]:
