@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,8 +45,9 @@ def _fixed(mesh: Mesh, device: torch.device) -> dict[str, float]:
     x = torch.ones(1, 64, device=device, requires_grad=True)
     away = (mesh.expert_rank + 1) % mesh.expert_parallel
     route = Route(torch.tensor([[mesh.expert_rank, away]], device=device), torch.ones(1, 2, device=device))
-    ways = {"tokens": "all_to_all", "weights": "gather"}
-    dispatches = {name: Dispatch(mesh, placement, way, {"": ones}, device) for name, way in ways.items()}
+    # With the control exchange and the decision of ``auto``, which it pays for either way.
+    ways = {"tokens": Costs(weights_s=math.inf), "weights": Costs(tokens_s=math.inf)}
+    dispatches = {name: Dispatch(mesh, placement, "auto", {"": ones}, device, way) for name, way in ways.items()}
     forward: dict[str, list[float]] = {name: [] for name in ways}
     both: dict[str, list[float]] = {name: [] for name in ways}
     # In turn, so that a slow moment hits both alike.
