@@ -21,6 +21,7 @@ from glider_dist.parallel.placement import contiguous
 from glider_dist.routing.route import Route
 
 _WARM_UP, _REPEATS = 3, 15
+_BLOCKS, _EACH = 24, 4  # of exchanges, each way
 
 
 def measure_costs(mesh: Mesh, device: torch.device) -> Costs:
@@ -50,20 +51,28 @@ def _fixed(mesh: Mesh, device: torch.device) -> dict[str, float]:
     dispatches = {name: Dispatch(mesh, placement, "auto", {"": ones}, device, way) for name, way in ways.items()}
     forward: dict[str, list[float]] = {name: [] for name in ways}
     both: dict[str, list[float]] = {name: [] for name in ways}
-    # In turn, so that a slow moment hits both alike.
-    for _ in range(_WARM_UP + _REPEATS):
+    # In turn, so that a slow moment hits both alike, but several at a time, as in a model.
+    for _ in range(_BLOCKS):
         for name, dispatch in dispatches.items():
             dist.barrier(group=mesh.expert_group)
-            started = _now(device)
-            (out,) = dispatch(x, [""], [route], [bank])
-            forward[name].append(_now(device) - started)
-            out.sum().backward()
-            both[name].append(_now(device) - started)
-    found = {}
-    for name in ways:
-        found[f"{name}_s"] = statistics.median(forward[name][_WARM_UP:])
-        found[f"{name}_back_s"] = max(statistics.median(both[name][_WARM_UP:]) - found[f"{name}_s"], 0.0)
-    return found
+            seconds, started = 0.0, _now(device)
+            for _ in range(_EACH):
+                before = _now(device)
+                (out,) = dispatch(x, [""], [route], [bank])
+                seconds += _now(device) - before
+                out.sum().backward()
+            forward[name].append(seconds / _EACH)
+            both[name].append((_now(device) - started) / _EACH)
+    backward = {name: [b - f for f, b in zip(forward[name], both[name], strict=True)] for name in ways}
+    return {**_compared("_s", forward), **_compared("_back_s", backward)}
+
+
+def _compared(suffix: str, blocks: dict[str, list[float]]) -> dict[str, float]:
+    """Seconds of both ways, by their difference within a turn: single times vary by more than they differ."""
+    weights, tokens = (blocks[name][_WARM_UP:] for name in ("weights", "tokens"))
+    usual = statistics.median(weights)
+    more = statistics.median(t - w for t, w in zip(tokens, weights, strict=True))
+    return {f"tokens{suffix}": max(usual + more, 0.0), f"weights{suffix}": usual}
 
 
 def _rates(mesh: Mesh, device: torch.device) -> dict[str, float]:
