@@ -14,16 +14,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from glider_dist.lora.bank import RANK_MULTIPLE, SiteBank, initial_site
+from glider_dist.lora.bank import SiteBank, initial_site, padded_rank
 from glider_dist.model.context import RoutingContext
 from glider_dist.pool.adapter import SiteLora
 
 # Rows of the products must start at multiples of 16 bytes.
 _ALIGN = 8
-
-
-def padded_rank(rank: int) -> int:
-    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
 class Slots(ABC):
