@@ -30,7 +30,8 @@ from glider_dist.parallel.stopping import StopWish
 from glider_dist.pool import ExpertPool, Fingerprint
 from glider_dist.semantics.source import EmbedderSource
 from glider_dist.tasks.source import TaskSuite, load_tasks
-from glider_dist.tracking.run import Run, check_run_dir
+from glider_dist.tracking.run import Run, check_run_dir, known_wandb_id
+from glider_dist.training.checkpoint import Checkpoints, wandb_id_of
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,14 @@ class Job:
                 "dtype_reason": reason,
                 "ranks": self.ranks.world,
             },
+            # A copy of the checkpoints alone is enough to go on with the same run.
+            lambda: wandb_id_of(self.run_dir / "checkpoints"),
         )
+
+    def checkpoints(self, kind: str, keep_last: int = 2) -> Checkpoints:
+        """What is kept of unfinished training: ``kind`` is expert, gate, joint or a folder below."""
+        folder = self.run_dir / "checkpoints" / kind
+        return Checkpoints(folder, keep_last, lambda: known_wandb_id(self.run_dir))
 
     def check_run_dir(self) -> None:
         """Raises GliderError on every rank if rank 0 cannot write the run directory. Nothing is written yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -104,6 +105,24 @@ def test_a_job_that_may_take_one_step_a_start_ends_with_the_same_experts_and_gat
             assert command(stage, *settings(folder, **other)).code == 0
     assert largest_difference(adapters(folder / "pool"), adapters(folder / "other")) == 0.0
     assert not list((folder / "run" / "checkpoints").rglob("*.*"))
+
+
+@pytest.mark.jobs
+def test_checkpoints_alone_are_enough_to_go_on_with_the_same_wandb_run(folder: Path, base: Path) -> None:
+    words: dict[str, Any] = {"base": base, "train__max_steps": 6, "tracking": "offline"}
+    job = [sys.executable, "-m", "glider_dist", "train-experts"]
+    with cores(1):
+        process = start([*job, *settings(folder, max_minutes=1e-9, **words)], folder)
+    assert finish(process).code == EXIT_STOPPED
+    shutil.copytree(folder / "run" / "checkpoints", folder / "moved" / "checkpoints")
+    with cores(1):
+        process = start([*job, *settings(folder, **{**words, "run_dir": folder / "moved"})], folder)
+    outcome = finish(process)
+    assert outcome.code == 0, outcome.err
+    assert "goes on after step 1" in outcome.err
+    before, after = ((folder / run / "wandb_id").read_text() for run in ("run", "moved"))
+    assert before == after
+    assert list((folder / "moved" / "wandb").glob(f"offline-run-*/run-{after.strip()}.wandb"))
 
 
 def test_an_evaluation_that_may_take_one_batch_a_start_gives_the_same_rows(folder, base):

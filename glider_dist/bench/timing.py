@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,15 +17,18 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round, after one round to warm up.
 
+    Every round has an order of its own (the same in every process), as what ran before leaves its mark in caches
+    and allocator: with one order for all, that is part of a variant's median.
+
     Args:
         before: called before each measurement, untimed (such as a barrier).
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(rounds + 1):
-        for name, work in variants.items():
+        for name in random.Random(repeat).sample(list(variants), len(variants)):
             before()
             started = time.perf_counter()
-            work()
+            variants[name]()
             elapsed = time.perf_counter() - started
             if repeat:
                 seconds[name].append(elapsed)

@@ -26,7 +26,7 @@ from glider_dist.semantics.vectors import Recent
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 4  # requests of one client under way together
+_AT_ONCE = 8  # requests of one client under way together
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0

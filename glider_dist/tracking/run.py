@@ -7,7 +7,7 @@ Everything W&B receives is in the run directory too: a run without W&B, or with 
     metrics.jsonl   one object per log call, over all starts: {"time": Unix seconds, "step"?, values}
     log.txt         what the main rank logged, over all starts, from the beginning of the job
     NAME.json       tables: {"columns": [...], "rows": [[...]]}
-    wandb_id        the W&B run that later starts continue
+    wandb_id        the W&B run that later starts continue; checkpoints name it, too
     state.json      how the latest start is doing (see ``tracking.state``)
 """
 
@@ -34,7 +34,7 @@ from glider_dist.tracking.versions import versions
 
 logger = logging.getLogger(__name__)
 
-METRICS, LOG = "metrics.jsonl", "log.txt"
+METRICS, LOG, WANDB_ID = "metrics.jsonl", "log.txt", "wandb_id"
 _MODES = ("offline", "online", "off")
 
 
@@ -64,6 +64,7 @@ class Run:
         mode: str,
         is_main: bool,
         compute: Mapping[str, Any] | None = None,
+        wandb_id: Callable[[], str] = lambda: "",
     ) -> Run:
         """Create or continue ``run_dir``, write what describes this start, and open W&B unless mode is "off".
 
@@ -74,6 +75,7 @@ class Run:
                 imported). A W&B that cannot start costs a warning and no more; it never asks for a login.
             is_main: whether this is the rank that writes.
             compute: what the settings came to on this machine (device, dtype), for versions.json.
+            wandb_id: tells which W&B run to continue if run_dir itself does not know; "": a new one.
 
         Raises:
             GliderError: if the mode is unknown or run_dir cannot be written.
@@ -93,7 +95,7 @@ class Run:
             state = RunState(run_dir, stage)
         except OSError as error:
             raise GliderError(_unwritable(run_dir, error.strerror)) from error
-        return cls(run_dir, metrics, handler, _start_wandb(run_dir, config, stage, mode), state)
+        return cls(run_dir, metrics, handler, _start_wandb(run_dir, config, stage, mode, wandb_id), state)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Note how far the stage is, for ``glider-dist runs``; cheap."""
@@ -192,17 +194,25 @@ def _unwritable(run_dir: Path, reason: str | None) -> str:
     return f"run_dir {run_dir} cannot be written ({reason}); set another"
 
 
-def _start_wandb(run_dir: Path, config: Mapping[str, Any], stage: str, mode: str) -> Any:
+def known_wandb_id(run_dir: Path) -> str:
+    """The W&B run that later starts continue; "" if there is none."""
+    try:
+        return (run_dir / WANDB_ID).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _start_wandb(
+    run_dir: Path, config: Mapping[str, Any], stage: str, mode: str, elsewhere: Callable[[], str]
+) -> Any:
     if mode == "off":
         return None
-    id_file = run_dir / "wandb_id"
     try:
         import wandb
 
         # Silent before init: it also keeps wandb from asking for a login, on which a job would wait for ever.
         wandb.setup(settings=wandb.Settings(silent=True))
-        known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else ""
-        wandb_id = known or uuid.uuid4().hex[:8]
+        wandb_id = known_wandb_id(run_dir) or elsewhere() or uuid.uuid4().hex[:8]
         run = wandb.init(
             dir=str(run_dir),
             project="glider_dist",
@@ -216,7 +226,7 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any], stage: str, mode: str
             settings=wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=120),
         )
         run.define_metric("*", step_metric="step")
-        _replace(id_file, wandb_id + "\n")
+        _replace(run_dir / WANDB_ID, wandb_id + "\n")
     except Exception as error:  # not logged in, no network, broken install: tracking must not stop a job
         reason = " ".join(str(error).split())
         logger.warning("W&B did not start (%s); the run is recorded in %s only", reason, run_dir)

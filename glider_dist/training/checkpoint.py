@@ -2,13 +2,15 @@
 
     FOLDER/NAME/step-00000100.safetensors
 
-A file holds the tensors of one expert (or of what all experts share), and in its header a JSON record and the
-SHA-256 of tensors and record. A checkpoint of many names is the set of their files of one step, and counts if all
-of them are good: every rank writes what it holds, and any other world reads it.
+A file holds the tensors of one expert (or of what all experts share), and in its header a JSON record, the
+SHA-256 of tensors and record, and the id of the W&B run that a resumed job continues. A checkpoint of many
+names is the set of their files of one step, and counts if all of them are good: every rank writes what it
+holds, and any other world reads it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -46,11 +48,13 @@ class Checkpoints:
 
     Attributes:
         keep_last: files kept of each name, the newest ones.
+        wandb_id: tells the W&B run that the files are of; "" if there is none.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2):
+    def __init__(self, folder: Path, keep_last: int = 2, wandb_id: Callable[[], str] = lambda: ""):
         self.folder = folder
         self.keep_last = keep_last
+        self.wandb_id = wandb_id
 
     def path(self, name: str, step: int) -> Path:
         """Raises GliderError if the name could lead out of the folder."""
@@ -89,6 +93,7 @@ class Checkpoints:
             left.unlink(missing_ok=True)
         with replacing(path) as temporary:
             metadata = {"format_version": FORMAT, "name": name, "record": text, "sha256": _digest(tensors, text)}
+            metadata["wandb_id"] = self.wandb_id()
             save_tensors(tensors, temporary, metadata)
         earlier = [other for other in self.steps(name) if other <= step]
         for other in set(self.steps(name)) - set(earlier[: self.keep_last]):
@@ -155,6 +160,15 @@ class Checkpoints:
         """Delete what a process that was killed while it deleted has left."""
         for left in self.folder.glob(".*.old"):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def wandb_id_of(checkpoints: Path) -> str:
+    """The W&B run that the files in and below a folder are of; "" if none says."""
+    for path in sorted(checkpoints.rglob("step-*.safetensors")):
+        with contextlib.suppress(GliderError), _opened(path) as file:
+            if found := (file.metadata() or {}).get("wandb_id", ""):
+                return str(found)
+    return ""
 
 
 def _opened(path: Path) -> Any:

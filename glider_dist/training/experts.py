@@ -25,9 +25,8 @@ from glider_dist.pool.store import check_sites
 from glider_dist.tasks.task import Task
 from glider_dist.tracking.progress import progress
 from glider_dist.training.batches import packing_for, slots_for
-from glider_dist.training.checkpoint import Checkpoints
 from glider_dist.training.cotrain import CoTraining, Turn
-from glider_dist.training.prepare import SHARES, checkpoint_folder, forget_done, note_shares, prepare, task_facts
+from glider_dist.training.prepare import SHARES, forget_done, note_shares, prepare, task_facts
 from glider_dist.training.runner import Runner, installed
 from glider_dist.training.slots import ExpertSlots, GateSlots, Slots
 from glider_dist.training.summary import report
@@ -182,7 +181,7 @@ def _train(
     runner = Runner(job.frozen, job.collator, slots)
     packing = packing_for(job.base.device, train.micro_batch_tokens, train.micro_batch_size)
     depends = {trainee.name: facts_of(trainee, **facts(trainee.name)) for trainee in mine}
-    files = Checkpoints(checkpoint_folder(job, kind), train.keep_last)
+    files = job.checkpoints(kind, train.keep_last)
     interval = Interval(train.save_steps, train.save_minutes)
     unfinished = Unfinished(files, depends, interval, replicas)
     ranks.together(unfinished.check)

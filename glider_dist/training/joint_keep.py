@@ -21,12 +21,11 @@ from glider_dist.errors import GliderError
 from glider_dist.job import Job
 from glider_dist.pool.files import remove_folder
 from glider_dist.training.background import Background
-from glider_dist.training.checkpoint import Checkpoints, Damaged
+from glider_dist.training.checkpoint import Damaged
 from glider_dist.training.deepspeed_moe import ExpertEngine
 from glider_dist.training.joint_loop import JointLoop, Progress
 from glider_dist.training.joint_params import Trained
 from glider_dist.training.joint_state import Tensors, gather_state, load_state
-from glider_dist.training.prepare import checkpoint_folder
 from glider_dist.training.unfinished import Facts, what_changed
 
 log = logging.getLogger(__name__)
@@ -43,10 +42,9 @@ class JointKeeper:
     def __init__(self, job: Job, engine: ExpertEngine, trained: Trained, loop: JointLoop, facts: Facts):
         train = job.cfg.train
         self.job, self.engine, self.trained, self.loop, self.facts = job, engine, trained, loop, facts
-        folder = checkpoint_folder(job, "joint")
         # The ranks write side by side: while one deletes its oldest file another may still need it.
         keep = max(2, train.keep_last)
-        self.shared, self.experts = Checkpoints(folder, keep), Checkpoints(folder / "experts", keep)
+        self.shared, self.experts = job.checkpoints("joint", keep), job.checkpoints("joint/experts", keep)
         self.background = Background()
         self.stopped = False
         self._steps, self._seconds = train.save_steps, 60 * train.save_minutes
@@ -163,7 +161,7 @@ class JointKeeper:
 
 def forget(job: Job) -> None:
     """Delete what is kept of a training whose result is in the pool."""
-    if (folder := checkpoint_folder(job, "joint")).exists():
+    if (folder := job.checkpoints("joint").folder).exists():
         remove_folder(folder)
 
 

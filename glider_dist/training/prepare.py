@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -17,12 +16,11 @@ from glider_dist.parallel.replicas import Replicas, check_replicas, divide
 from glider_dist.pool.files import read_json, write_json
 from glider_dist.tasks.prompt import answer, prompt
 from glider_dist.tasks.task import Task
-from glider_dist.training.checkpoint import Checkpoints
 from glider_dist.training.order import replicas_for, share_out
 from glider_dist.training.trainee import Recipe, Trainee
 from glider_dist.training.unfinished import Facts, digest
 
-CHECKPOINTS, SHARES = "checkpoints", "shares.json"
+SHARES = "shares.json"
 
 
 def prepare(job: Job, tasks: Sequence[Task], kind: str) -> tuple[list[Trainee], Replicas]:
@@ -68,7 +66,7 @@ def prepare(job: Job, tasks: Sequence[Task], kind: str) -> tuple[list[Trainee], 
 
 def _shares_before(job: Job, kind: str, names: set[str]) -> tuple[int, list[list[str]]] | None:
     """Replicas and shares of an earlier start that fit this one, or None."""
-    path = checkpoint_folder(job, kind) / SHARES
+    path = job.checkpoints(kind).folder / SHARES
 
     def read() -> dict[str, Any]:
         # Rank 0 alone, since it may write the file before a slower rank has looked for it.
@@ -86,7 +84,7 @@ def _shares_before(job: Job, kind: str, names: set[str]) -> tuple[int, list[list
 def note_shares(job: Job, kind: str, mine: Sequence[Trainee], replicas: Replicas) -> None:
     """Write down who trains what, for a start after this one."""
     shares = job.ranks.gather([trainee.name for trainee in mine])[:: replicas.count]
-    path = checkpoint_folder(job, kind) / SHARES
+    path = job.checkpoints(kind).folder / SHARES
     before = _shares_before(job, kind, {name for share in shares for name in share})
     if before is None:
         job.ranks.on_main(lambda: write_json(path, {"replicas": replicas.count, "shares": shares}))
@@ -94,14 +92,10 @@ def note_shares(job: Job, kind: str, mine: Sequence[Trainee], replicas: Replicas
 
 def forget_done(job: Job, kind: str, done: Iterable[str]) -> None:
     """Delete checkpoints of what is in the pool: their job was killed before it could."""
-    files = Checkpoints(checkpoint_folder(job, kind))
+    files = job.checkpoints(kind)
     files.clear_up()
     for name in set(files.names()) & set(done):
         files.remove(name)
-
-
-def checkpoint_folder(job: Job, kind: str) -> Path:
-    return job.run_dir / CHECKPOINTS / kind
 
 
 def task_facts(task: Task) -> Facts:
