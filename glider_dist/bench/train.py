@@ -5,7 +5,7 @@ about fifteen minutes on two cores. The base is SmolLM2-135M, the rows are rando
 on every linear layer. One process with all its threads, but for the last table. Ways are timed in turn, and ratios
 are of medians.
 
-    mixing    one step whose rows belong to 1, 4, 16 or 64 experts, equal tokens
+    mixing    one step whose rows belong to 1, 4, 16 or 64 experts, equal tokens: 1,024 and 4,096
     batches   16 experts together and one after another, 2 and 16 rows a step
     startup   32 experts of 20 steps of 2 rows, from the start of Python: one process; one process each with PEFT,
               by hand and with transformers' Trainer
@@ -46,6 +46,7 @@ BASE = "smollm2-135m"
 RANK, ALPHA, RATE, ANSWER, EXAMPLES = 16, 16, 1e-3, 4, 64
 ROUNDS, EXPERTS = 3, 16
 MANY, STEPS, BATCH, PEFT_RUNS = 32, 20, 2, 3
+MIXED, ROW_LENGTHS = (1, 4, 16, 64), (16, 64)
 
 
 class Bench:
@@ -103,15 +104,20 @@ def median_seconds(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def mixing(bench: Bench) -> None:
-    """One forward and backward of 64 rows, and one update of each expert."""
-    together = Packing(64 * 16, 64 * 16 + 1, 64 * 16, 0)
-    counts = (1, 4, 16, 64)
+    for length in ROW_LENGTHS:
+        _mixing(bench, length)
+
+
+def _mixing(bench: Bench, length: int) -> None:
+    """One forward and backward of 64 rows of ``length`` tokens, and one update of each expert."""
+    tokens = 64 * length
+    together = Packing(tokens, tokens + 1, tokens, 0)
 
     def slots_and_step(experts: int) -> Callable[[], Any]:
         made = ExpertSlots(bench.shapes, experts, RANK, ALPHA, 0, torch.float32, bench.base.device)
         loop = CoTraining(
             Runner(bench.frozen, bench.collator, made),
-            [trainee(str(index), 10, 64 // experts, 16, 16) for index in range(experts)],
+            [trainee(str(index), 10, 64 // experts, length, length) for index in range(experts)],
             together,
         )
         loop.fill()
@@ -122,8 +128,8 @@ def mixing(bench: Bench) -> None:
 
         return step
 
-    seconds = median_seconds({str(count): slots_and_step(count) for count in counts})
-    print("\none step of 64 rows of 16 tokens, each expert's AdamW included")
+    seconds = median_seconds({str(count): slots_and_step(count) for count in MIXED})
+    print(f"\none step of 64 rows of {length} tokens, each expert's AdamW included")
     for name, value in seconds.items():
         print(f"{name:>4} experts {value:8.3f} s {value / seconds['1']:8.2f}x", flush=True)
 

@@ -1,8 +1,9 @@
 """From texts of many requests to batches of one model.
 
 Texts wait in one queue. While a batch is computed others arrive, so that under load batches fill by themselves;
-an idle model waits ``max_wait`` for more. A window of the oldest texts is sorted by length and cut into batches
-of ``max_batch_tokens``. A text that is being computed for one request is not computed again for another.
+an idle model waits ``max_wait`` for more. Texts join a window until it has had so many; batches of
+``max_batch_tokens`` are taken from it by length, the shortest first, until it is empty. A text that is being
+computed for one request is not computed again for another.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from glider_dist.semantics.vectors import Recent, pack, text_key
 
 log = logging.getLogger(__name__)
 
-_WINDOW = 512  # texts sorted together; no text waits for more than one window of others
+_WINDOW = 512  # texts of a window; none waits for more than one window of others
 _IN_MEMORY = 16_384
 
 
@@ -140,25 +141,38 @@ class Batcher:
         self.metrics.queue.set(len(self._asked))
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
+        window: list[tuple[int, _Waiting]] = []
+        taken = 0
         while True:
-            if not self._pending:
-                self._work.clear()
-                await self._work.wait()
-                if self.max_wait > 0:
-                    await asyncio.sleep(self.max_wait)
-            window = [self._pending.popleft() for _ in range(min(len(self._pending), _WINDOW))]
             if not window:
-                continue
-            try:
-                texts = [item.text for item in window]
-                lengths = await loop.run_in_executor(self._computing, self.model.lengths, texts)
-            except Exception as error:
-                log.exception("texts cannot be tokenized")
-                self._fail(window, error)
-                continue
-            for chosen in batches(lengths, self.max_batch_tokens):
-                await self._batch([window[i] for i in chosen], [lengths[i] for i in chosen])
+                taken = 0
+                if not self._pending:
+                    self._work.clear()
+                    await self._work.wait()
+                    if self.max_wait > 0:
+                        await asyncio.sleep(self.max_wait)
+            # What has come since the last batch finds its place by length.
+            new = [self._pending.popleft() for _ in range(min(len(self._pending), _WINDOW - taken))]
+            taken += len(new)
+            window += await self._measured(new)
+            if window:
+                chosen = set(batches([tokens for tokens, _ in window], self.max_batch_tokens)[0])
+                batch = [window[i] for i in chosen]
+                window = [pair for i, pair in enumerate(window) if i not in chosen]
+                await self._batch([item for _, item in batch], [tokens for tokens, _ in batch])
+
+    async def _measured(self, items: list[_Waiting]) -> list[tuple[int, _Waiting]]:
+        """Each with its number of tokens; none if they cannot be tokenized, which is then their answer."""
+        if not items:
+            return []
+        loop = asyncio.get_running_loop()
+        try:
+            lengths = await loop.run_in_executor(self._computing, self.model.lengths, [i.text for i in items])
+        except Exception as error:
+            log.exception("texts cannot be tokenized")
+            self._fail(items, error)
+            return []
+        return list(zip(lengths, items, strict=True))
 
     async def _batch(self, items: list[_Waiting], lengths: list[int]) -> None:
         loop = asyncio.get_running_loop()
