@@ -54,7 +54,7 @@ class _Endpoint:
         return RemoteEmbedder(cfg.embedder, self.url, cfg.service, self.token)
 
 
-def run(folder: Path, peer: str | None = None, texts: int = 512, rounds: int = 3, requests: int = 2000) -> None:
+def run(folder: Path, peer: str | None = None, texts: int = 512, rounds: int = 7, requests: int = 2000) -> None:
     """Print the table and write ``bench_embeddings.json``.
 
     Raises:
