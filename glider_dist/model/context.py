@@ -26,8 +26,8 @@ from glider_dist.model.shared import SharedInputs
 from glider_dist.model.tokens import Stacks, Tokens
 from glider_dist.parallel.dispatch import Dispatch
 from glider_dist.parallel.exchange import in_backward
-from glider_dist.routing.combine import exclusion, global_bias, shortlist
 from glider_dist.routing.local import Inputs, at_least_fp32
+from glider_dist.routing.query_scores import QueryScores
 from glider_dist.routing.route import Route, assigned_route
 from glider_dist.routing.strategies import (
     STRATEGIES,
@@ -83,8 +83,7 @@ class RoutingContext:
         self._general: tuple[int, ...] = ()
         self._active = banks
         self._derived: dict[tuple[object, ...], dict[str, SiteBank]] = {}
-        self._bias_BE: torch.Tensor | None = None
-        self._excludes = False
+        self._scores: QueryScores | None = None
         self._assigned_B: torch.Tensor | None = None
         self._last_input: tuple[torch.Tensor, Tokens, Inputs] | None = None
 
@@ -118,7 +117,7 @@ class RoutingContext:
                 self.prototypes.of("arrow", *next(iter(self.banks.items())), chosen)
         self.router, self.strategy = router, strategy
         self._general, self._active = chosen, active
-        self._bias_BE = self._brought = None
+        self._scores = self._brought = None
 
     def _banks_for(
         self, strategy: Strategy, router: RouterConfig, general: tuple[int, ...]
@@ -165,34 +164,14 @@ class RoutingContext:
                 f"similarity must be [queries, {len(self.names)}] for this pool, "
                 f"but is {list(similarity_BE.shape)}"
             )
-        before = self._bias_BE, self._excludes
-        similarity_BE = at_least_fp32(similarity_BE)
-        if self._general:
-            general = torch.tensor(self._general, device=similarity_BE.device)
-            similarity_BE = similarity_BE.index_fill(1, general, float("-inf"))
-        if self.router.shortlist is not None:
-            similarity_BE = shortlist(similarity_BE, self.router.shortlist)
-        router = self.router
-        if router.alpha_in is None or router.alpha_out is None or router.threshold is None:
-            raise GliderError("the router's alpha_in, alpha_out and threshold are not set")
-        excluded_BE = similarity_BE.isneginf()
-        if self.strategy.uses_global:
-            self._bias_BE = global_bias(similarity_BE, router.alpha_in, router.alpha_out, router.threshold)
-        else:
-            any_excluded = needs_scores(router) or bool(excluded_BE.any())
-            self._bias_BE = exclusion(similarity_BE) if any_excluded else None
-        # Experts that are excluded take no place where enough others remain; then no place is unused.
-        left_B = (~excluded_BE).sum(1)
-        self._excludes = bool((left_B < (router.top_k if router.top_p is None else len(self.names))).any())
-        brought = self._brought
+        before, brought = self._scores, self._brought
+        self._scores = QueryScores.of(similarity_BE, self.router, self._general)
         try:
             if self.dispatch is not None and self._lists():
-                wanted_E = (~excluded_BE).any(0)
-                self._brought = self.dispatch.bring(wanted_E, self.banks)
+                self._brought = self.dispatch.bring(self._scores.wanted_E, self.banks)
             yield
         finally:
-            self._bias_BE, self._excludes = before
-            self._brought = brought
+            self._scores, self._brought = before, brought
 
     def _lists(self) -> bool:
         """Whether shortlists bound what the next forwards need of other ranks' experts."""
@@ -249,9 +228,9 @@ class RoutingContext:
             gates = self.gates[site] if self.gated else None
             row_T = tokens.query_of(self._assigned_B.shape[0])
             return assigned_route(self._assigned_B, row_T, kept_Td, gates)
-        bias_TE = None
-        if self._bias_BE is not None:
-            bias_TE = self._bias_BE[tokens.query_of(self._bias_BE.shape[0])]
+        bias_TE, queries = None, self._scores
+        if queries is not None and queries.bias_BE is not None:
+            bias_TE = queries.bias_BE[tokens.query_of(queries.bias_BE.shape[0])]
         elif needs_scores(self.router):
             raise GliderError(
                 f"router {self.router.kind!r} needs the queries' similarities to the experts; "
@@ -270,7 +249,7 @@ class RoutingContext:
             prototypes = self.prototypes.of(self.strategy.local, site, bank, self._general)
         if self.strategy.local == "lag":
             norms = partial(delta_norms, kept_Td, bank, self.prototypes.factors(site, bank, self._general))
-        excludes = bias_TE is not None and self._excludes
+        excludes = queries is not None and queries.excludes
         return route_tokens(
             self.strategy,
             self.router,
