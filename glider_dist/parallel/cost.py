@@ -6,11 +6,15 @@ decide alike. The time of an exchange is that of its slowest rank:
     time = fixed + bytes / bandwidth + groups · group_s + rows · row_flops / flops + copied / copy
 
 Bytes are the floor, but measured time decides: on gloo the two strategies cross later than their bytes do.
+
+The sums over sites and experts are numpy's; what is left, a dozen numbers a rank, is plain Python: between
+exchanges every call into numpy takes some microseconds, and an exchange of a few tokens only some milliseconds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -60,56 +64,76 @@ class Shapes:
     def output_bytes(self) -> int:
         return sum(o for _, _, o in self.sites) * self.element
 
+    @property
+    def expert_bytes(self) -> Numbers:
+        """``[S]``, A and B of one expert at each site."""
+        return np.array([r * (d + o) * self.element for r, d, o in self.sites], dtype=np.float64)
+
 
 def tokens_time(
-    costs: Costs, shapes: Shapes, rows_PP: Numbers, used_PSP: Numbers, serving_PS: Numbers, trained: bool
+    costs: Costs, shapes: Shapes, rows_PP: Numbers, used_PSP: Numbers, serving_P: Numbers, trained: bool
 ) -> float:
     """Seconds of ``all_to_all``.
 
     Args:
         rows_PP: rows that each rank sends to each.
         used_PSP: (token, expert) pairs of each rank, per site and destination.
-        serving_PS: experts of each rank that any token uses, per site.
+        serving_P: experts of each rank that any token uses, over all sites.
         trained: whether a backward follows.
     """
-    away = rows_PP * (1 - np.eye(len(rows_PP)))
-    leaves, arrives = away.sum(1), away.sum(0)
-    sent = leaves * shapes.row_bytes + arrives * shapes.output_bytes
-    received = arrives * shapes.row_bytes + leaves * shapes.output_bytes
-    here_P, out_P = rows_PP.sum(0), rows_PP.sum(1)
-    copied = (here_P + out_P) * 3.0 * (shapes.row_bytes + shapes.output_bytes)
-    compute = _compute(costs, shapes, used_PSP.sum(0).T, serving_PS)
-    one = np.maximum(sent, received) / costs.bandwidth + copied / costs.copy + compute
-    if trained:
-        one = 2 * one + compute
-    return float(one.max() + costs.tokens_s + (costs.tokens_back_s if trained else 0.0))
+    row, out = shapes.row_bytes, shapes.output_bytes
+    slowest = 0.0
+    for own, leaves, arrives, pairs, serving in zip(
+        rows_PP.diagonal().tolist(),
+        rows_PP.sum(1).tolist(),
+        rows_PP.sum(0).tolist(),
+        (_per_pair(costs, shapes) @ used_PSP.sum(0)).tolist(),
+        serving_P.tolist(),
+        strict=True,
+    ):
+        copied = 3.0 * (leaves + arrives) * (row + out)
+        leaves, arrives = leaves - own, arrives - own
+        moved = max(leaves * row + arrives * out, arrives * row + leaves * out)
+        slowest = max(slowest, _seconds(costs, moved, copied, pairs, serving, trained))
+    return slowest + costs.tokens_s + (costs.tokens_back_s if trained else 0.0)
 
 
 def weights_time(
-    costs: Costs, shapes: Shapes, fetched_PPS: Numbers, used_PS: Numbers, wanted_PS: Numbers, trained: bool
+    costs: Costs, shapes: Shapes, fetched_PSP: Numbers, used_PSP: Numbers, wanted_P: Numbers, trained: bool
 ) -> float:
     """Seconds of ``gather``.
 
     Args:
-        fetched_PPS: experts that each rank (first axis) fetches from each (second axis), per site.
-        used_PS: (token, expert) pairs of each rank per site.
-        wanted_PS: experts that each rank's tokens use per site.
+        fetched_PSP: experts that each rank (first axis) fetches, per site, from each (last axis).
+        used_PSP: (token, expert) pairs of each rank, per site and owner.
+        wanted_P: experts that each rank's tokens use, over all sites.
     """
-    size_S = np.array([r * (d + o) * shapes.element for r, d, o in shapes.sites])
-    nbytes_PP = fetched_PPS @ size_S
-    away = nbytes_PP * (1 - np.eye(len(nbytes_PP)))
-    moved = np.maximum(away.sum(0), away.sum(1)) / costs.bandwidth
-    copied = 3.0 * (nbytes_PP.sum(0) + nbytes_PP.sum(1))
-    compute = _compute(costs, shapes, used_PS, wanted_PS)
-    one = moved + copied / costs.copy + compute
-    if trained:
-        one = 2 * one + compute
-    return float(one.max() + costs.weights_s + (costs.weights_back_s if trained else 0.0))
+    nbytes_PP = shapes.expert_bytes @ fetched_PSP
+    slowest = 0.0
+    for own, arrives, leaves, pairs, wanted in zip(
+        nbytes_PP.diagonal().tolist(),
+        nbytes_PP.sum(1).tolist(),
+        nbytes_PP.sum(0).tolist(),
+        (used_PSP.sum(2) @ _per_pair(costs, shapes)).tolist(),
+        wanted_P.tolist(),
+        strict=True,
+    ):
+        copied, moved = 3.0 * (arrives + leaves), max(arrives, leaves) - own
+        slowest = max(slowest, _seconds(costs, moved, copied, pairs, wanted, trained))
+    return slowest + costs.weights_s + (costs.weights_back_s if trained else 0.0)
 
 
-def _compute(costs: Costs, shapes: Shapes, rows_PS: Numbers, groups_PS: Numbers) -> Numbers:
+def _seconds(costs: Costs, moved: float, copied: float, pairs: float, groups: float, trained: bool) -> float:
+    """Of one rank. A backward moves as much again, and computes twice as much."""
+    transport = moved / costs.bandwidth + copied / costs.copy
+    compute = pairs + 2 * groups * costs.group_s
+    return 2 * transport + 3 * compute if trained else transport + compute
+
+
+@lru_cache(maxsize=1024)
+def _per_pair(costs: Costs, shapes: Shapes) -> Numbers:
+    """``[S]`` seconds of a (token, expert) pair at each site."""
     flops_S = np.array([2 * r * (d + o) for r, d, o in shapes.sites])
     copied_S = np.array([2 * (d + o) * shapes.element for _, d, o in shapes.sites])
-    per_row = flops_S / costs.flops + copied_S / costs.copy
-    seconds: Numbers = rows_PS @ per_row + groups_PS.sum(1) * 2 * costs.group_s
+    seconds: Numbers = flops_S / costs.flops + copied_S / costs.copy
     return seconds

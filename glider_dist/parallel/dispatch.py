@@ -230,11 +230,12 @@ class Dispatch:
         sizes = Shapes(shapes, places, x_Td.element_size(), routes[0].weights.element_size())
         assert control.need is not None
         # Products count the experts of each owner several times as fast as index by index.
-        fetched = ((control.need == 2) @ self._owner_EP).transpose(0, 2, 1)
-        serving = ((control.need.max(0) > 0) @ self._owner_EP).T
-        wanted = np.count_nonzero(control.need, axis=2)
-        by_tokens = tokens_time(self.costs, sizes, control.rows, control.used, serving, backward)
-        by_weights = weights_time(self.costs, sizes, fetched, control.used.sum(2), wanted, backward)
+        fetched_PSP = (control.need == 2) @ self._owner_EP
+        wanted_PSE = control.need != 0
+        serving_P = wanted_PSE.any(0).sum(0) @ self._owner_EP
+        wanted_P = wanted_PSE.sum((1, 2))
+        by_tokens = tokens_time(self.costs, sizes, control.rows, control.used, serving_P, backward)
+        by_weights = weights_time(self.costs, sizes, fetched_PSP, control.used, wanted_P, backward)
         return "gather" if by_weights < by_tokens else "all_to_all"
 
     def _compute(

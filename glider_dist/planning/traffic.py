@@ -87,10 +87,10 @@ def exchange(
     rows_PP = np.tile(tokens * (1 - missed), (ranks, 1))
     used_PSP = np.tile(tokens * places * owned / total, (ranks, len(sites), 1))
     wanted = distinct(total, places, tokens)
-    fetched_PPS = np.tile((owned * wanted / total)[None, :, None], (ranks, 1, len(sites)))
-    used_PS = np.full((ranks, len(sites)), float(tokens * places))
+    fetched_PSP = np.tile(owned * wanted / total, (ranks, len(sites), 1))
+    wanted_P = np.full(ranks, wanted * len(sites))
     # An expert serves if a token of any rank draws it.
-    serving_PS = np.tile((owned * distinct(total, places, tokens * ranks) / total)[:, None], (1, len(sites)))
+    serving_P = owned * distinct(total, places, tokens * ranks) / total * len(sites)
     costs = Costs(
         tokens_s=_LATENCY,
         tokens_back_s=_LATENCY,
@@ -103,11 +103,10 @@ def exchange(
     )
 
     def by_tokens(costs: Costs) -> float:
-        return tokens_time(costs, sizes, rows_PP, used_PSP, serving_PS, trained)
+        return tokens_time(costs, sizes, rows_PP, used_PSP, serving_P, trained)
 
     def by_weights(costs: Costs) -> float:
-        wanted_PS = np.full_like(used_PS, wanted)
-        return weights_time(costs, sizes, fetched_PPS, used_PS, wanted_PS, trained)
+        return weights_time(costs, sizes, fetched_PSP, used_PSP, wanted_P, trained)
 
     received = 2 * rows_PP[0].sum() * (sizes.row_bytes + sizes.output_bytes)
     copies = 2 * sum(r * (d + o) for r, d, o in sites) * wanted * sizes.element
