@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,10 @@ class Setting:
     default: Any
     doc: str
     choices: tuple[str, ...]
+
+    @property
+    def is_text(self) -> bool:
+        return self.kind in ("str", "str or None")
 
 
 def settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
@@ -67,10 +72,14 @@ def read_config(file: Path | None, overrides: Sequence[str], defaults: dict[str,
         OmegaConf.update(config, key, value)
     if file is not None:
         config = _merge(config, _read_yaml(file), str(file))
+    texts = {setting.key for setting in settings() if setting.is_text}
     for item in overrides:
-        key, sign, _ = item.partition("=")
+        key, sign, text = item.partition("=")
         if not sign or not key:
             raise GliderError(f"{item!r} is not key=value")
+        if key in texts and re.fullmatch(r"[-+.\d][-+.:\w]*", text):
+            # YAML reads run_dir=2026_11 as a number, which would lose its underscore.
+            item = f"{key}='{text}'"
         try:
             # The help prints None, which YAML would read as text.
             value = OmegaConf.from_dotlist([f"{key}=null" if item == f"{key}=None" else item])
@@ -82,7 +91,7 @@ def read_config(file: Path | None, overrides: Sequence[str], defaults: dict[str,
             value = OmegaConf.select(config, setting.key)
         except OmegaConfBaseException as error:
             raise GliderError(f"{setting.key} cannot be resolved: {_first_line(error)}") from None
-        if value == "False" and "off" in setting.choices:
+        if value == "False" and setting.is_text:
             # YAML reads a bare off as a boolean.
             value = "off"
             OmegaConf.update(config, setting.key, value)

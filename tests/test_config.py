@@ -63,9 +63,17 @@ def test_null_in_a_file_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["off", "Off", "false", "'off'"])
-def test_tracking_off_is_understood_though_yaml_reads_a_boolean(word: str, tmp_path: Path) -> None:
-    assert read_config(None, [f"tracking={word}"]).tracking == "off"
-    assert read_config(yaml(tmp_path, f"tracking: {word}\n"), []).tracking == "off"
+def test_off_is_understood_though_yaml_reads_a_boolean(word: str, tmp_path: Path) -> None:
+    on_line = read_config(None, [f"tracking={word}", f"service.cache={word}", f"describe.cache={word}"])
+    in_file = read_config(yaml(tmp_path, f"tracking: {word}\nservice:\n  cache: {word}\n"), [])
+    assert [on_line.tracking, on_line.service.cache, on_line.describe.cache] == ["off"] * 3
+    assert [in_file.tracking, in_file.service.cache] == ["off"] * 2
+
+
+@pytest.mark.parametrize("name", ["2026_11", "007", "1e3"])
+def test_a_text_that_looks_like_a_number_stays_as_it_was_written(name: str) -> None:
+    config = read_config(None, [f"run_dir={name}", f"pool={name}"])
+    assert (config.run_dir, config.pool) == (name, name)
 
 
 def test_tracking_on_is_refused_with_the_values_there_are() -> None:
