@@ -178,6 +178,8 @@ def try_fault(
         problem = f"exit code {code} without the service"
     if fault == "full disk" and "No space left on device" not in output.read_text():
         problem = "the full disk was not told"
+    if problem:
+        problem += f": {output.read_text(errors='replace')[-1500:]}"
     lost, why = unreadable(place, damaged)
     starts = 1
     while code and starts < 4:
