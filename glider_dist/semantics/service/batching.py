@@ -156,9 +156,9 @@ class Batcher:
             taken += len(new)
             window += await self._measured(new)
             if window:
-                chosen = set(batches([tokens for tokens, _ in window], self.max_batch_tokens)[0])
+                chosen = batches([tokens for tokens, _ in window], self.max_batch_tokens)[0]
                 batch = [window[i] for i in chosen]
-                window = [pair for i, pair in enumerate(window) if i not in chosen]
+                window = [window[i] for i in sorted(set(range(len(window))) - set(chosen))]
                 await self._batch([item for _, item in batch], [tokens for tokens, _ in batch])
 
     async def _measured(self, items: list[_Waiting]) -> list[tuple[int, _Waiting]]:
