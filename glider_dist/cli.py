@@ -159,8 +159,9 @@ def _main(argv: list[str]) -> int:
         return int(_load(target)(cfg, arguments.command, arguments.ranks))
     if command.serves:
         return int(_load(target)(cfg))
-    with _ended_by_signals():
-        run_stage(arguments.command, cfg, _load(target), arguments.text)
+    stop = StopWish(cfg.max_minutes)
+    with ended_by_signals(stop):
+        run_stage(arguments.command, cfg, _load(target), arguments.text, stop)
     return 0
 
 
@@ -170,11 +171,13 @@ def _load(target: str) -> Any:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Until the stage watches for signals itself, one ends the process as stopped: nothing has begun."""
+def ended_by_signals(stop: StopWish) -> Iterator[None]:
+    """Until the stage watches for signals itself, one ends the process as stopped: nothing has begun. When it has
+    watched, one means nothing any more: all is done."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(EXIT_STOPPED)  # which an import that may fail lets through
+        if not stop.watched:
+            raise SystemExit(EXIT_STOPPED)  # which an import that may fail lets through
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -187,8 +190,8 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_stage(name: str, cfg: Config, stage: Any, text: str | None = None) -> None:
-    """Start the ranks, run one stage on them, and end them tidily.
+def run_stage(name: str, cfg: Config, stage: Any, text: str | None = None, stop: StopWish | None = None) -> None:
+    """Start the ranks, run one stage on them, and end them tidily. ``stop``: its time limit has begun already.
 
     Raises:
         Stopped: the job was asked to, and the ranks have agreed.
@@ -196,7 +199,7 @@ def run_stage(name: str, cfg: Config, stage: Any, text: str | None = None) -> No
     from glider_dist.job import Job
     from glider_dist.parallel.ranks import start_ranks
 
-    stop = StopWish(cfg.max_minutes)
+    stop = stop or StopWish(cfg.max_minutes)
     with stop.watching():
         stop.ranks = ranks = start_ranks(cfg.device)
         if not ranks.is_main:

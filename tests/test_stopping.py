@@ -32,6 +32,7 @@ from small_jobs import (
     write_tasks,
 )
 
+from glider_dist.cli import ended_by_signals
 from glider_dist.errors import EXIT_STOPPED, Stopped
 from glider_dist.evaluation.partial import PartialLosses
 from glider_dist.parallel.stopping import STOP_FILE, StopWish
@@ -72,6 +73,17 @@ def test_a_signal_is_a_wish_and_afterwards_means_what_it_did_before(number):
         with pytest.raises(Stopped, match=number.name):
             stop.agree(True)
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_before_the_work_ends_the_process_as_stopped_and_after_it_changes_nothing():
+    with pytest.raises(SystemExit) as ended, ended_by_signals(StopWish()):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert ended.value.code == EXIT_STOPPED
+    stop = StopWish()
+    with ended_by_signals(stop):
+        with stop.watching():
+            pass
+        os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_the_time_limit_is_a_wish():

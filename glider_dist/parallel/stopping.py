@@ -38,10 +38,12 @@ class StopWish:
 
     Attributes:
         ranks: this job's processes, once they have met.
+        watched: whether signals have been taken as wishes.
     """
 
     def __init__(self, max_minutes: float | None = None, ranks: Ranks = ALONE):
         self.ranks = ranks
+        self.watched = False
         self._limit = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._minutes = max_minutes
         self._reason = ""
@@ -56,6 +58,7 @@ class StopWish:
             yield
             return
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self.watched = True
         try:
             yield
         finally:
