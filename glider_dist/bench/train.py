@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from glider_dist.bench.timing import interleave, medians
 from glider_dist.bench.timing import table as table_of
 from glider_dist.config import TrainConfig
 from glider_dist.errors import GliderError
@@ -70,7 +71,7 @@ class Bench:
     def speed_of_light(self) -> float:
         """Operations a second of a square matrix product in the base's dtype."""
         a = torch.randn(2048, 2048, device=self.base.device, dtype=self.base.dtype)
-        seconds = median_seconds({"": lambda: float((a @ a)[0, 0])})[""]
+        seconds = medians(interleave({"": lambda: float((a @ a)[0, 0])}, ROUNDS))[""]
         return 2 * 2048**3 / seconds
 
 
@@ -89,18 +90,6 @@ def trainee(name: str, steps: int, batch: int, low: int = 12, high: int = 36) ->
     train = TrainConfig(max_steps=steps, batch_size=batch, learning_rate=RATE, eval_every=steps)
     data = rows(name, low, high)
     return Trainee(name, data, data[:1], Recipe.of(train, 0))
-
-
-def median_seconds(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Each way once to warm up, then all in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(-1, ROUNDS):
-        for name, way in ways.items():
-            started = time.perf_counter()
-            way()
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def mixing(bench: Bench) -> None:
@@ -128,7 +117,7 @@ def _mixing(bench: Bench, length: int) -> None:
 
         return step
 
-    seconds = median_seconds({str(count): slots_and_step(count) for count in MIXED})
+    seconds = medians(interleave({str(count): slots_and_step(count) for count in MIXED}, ROUNDS))
     print(f"\none step of 64 rows of {length} tokens, each expert's AdamW included")
     for name, value in seconds.items():
         print(f"{name:>4} experts {value:8.3f} s {value / seconds['1']:8.2f}x", flush=True)
@@ -146,7 +135,7 @@ def batches(bench: Bench) -> None:
             loops[slots] = bench.train([trainee(str(index), steps, batch) for index in range(EXPERTS)], slots)
 
         ways = {"one after another": 1, "together": EXPERTS}
-        seconds = median_seconds({name: partial(way, slots) for name, slots in ways.items()})
+        seconds = medians(interleave({name: partial(way, slots) for name, slots in ways.items()}, ROUNDS))
         for name, slots in ways.items():
             runner = loops[slots].runner
             rate = runner.tokens / seconds[name]
