@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from glider_dist.errors import GliderError
 from glider_dist.tracking.log_file import EarlyLog
 from glider_dist.tracking.progress import progress
-from glider_dist.tracking.run import Run, check_run_dir
+from glider_dist.tracking.run import Run, check_run_dir, known_wandb_id
 
 CONFIG = {"seed": 3, "train": {"max_steps": 10, "learning_rate": 5e-3}, "tasks": ["a", "b"], "pool": None}
 
@@ -194,6 +194,12 @@ def test_offline_records_every_point_quietly_and_a_restart_continues_the_same_wa
     assert len(_points(tmp_path)) == 4
 
 
+def test_a_damaged_wandb_id_counts_as_none(tmp_path: Path) -> None:
+    assert known_wandb_id(tmp_path) == ""
+    (tmp_path / "wandb_id").write_bytes(b"\xff\xfe\x00")
+    assert known_wandb_id(tmp_path) == ""
+
+
 def test_two_runs_may_be_open_in_one_process(tmp_path: Path) -> None:
     code = """
 import sys
@@ -249,7 +255,7 @@ def test_a_wandb_whose_process_is_killed_is_one_warning_and_no_traceback_at_the_
     code = """
 import os, signal, sys, time
 from pathlib import Path
-from glider_dist.tracking.run import Run
+from glider_dist.tracking.run import Run, known_wandb_id
 
 run = Run.start(Path(sys.argv[1]), {}, "train-experts", "offline", is_main=True)
 children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()

@@ -198,7 +198,7 @@ def known_wandb_id(run_dir: Path) -> str:
     """The W&B run that later starts continue; "" if there is none."""
     try:
         return (run_dir / WANDB_ID).read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return ""
 
 
