@@ -83,7 +83,7 @@ def slots_for(base: BaseModel, kind: str, count: int) -> Slots:
     shapes = {name: site.shape for name, site in linear_sites(base.model).items()}
     dtype = torch.promote_types(base.dtype, torch.float32)
     if kind == "expert":
-        return ExpertSlots(shapes, count, 4, 8.0, 7, dtype, CPU)
+        return ExpertSlots(shapes, count, 4, 8.0, 7, dtype, base.device)
 
     def read(name: str) -> dict[str, SiteLora]:
         """An expert of rank 4 or 8 that lacks one site."""
@@ -94,7 +94,7 @@ def slots_for(base: BaseModel, kind: str, count: int) -> Slots:
             loras[site] = SiteLora(bank.A[0, :, : shape[1]] * 20, bank.A[1, :, : shape[0]].t() * 20, 0.5)
         return loras
 
-    return GateSlots(shapes, dict.fromkeys(shapes, 8), read, count, dtype, base.dtype, CPU)
+    return GateSlots(shapes, dict.fromkeys(shapes, 8), read, count, dtype, base.dtype, base.device)
 
 
 def train(

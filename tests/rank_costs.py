@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 from unittest.mock import patch
 
 import torch
+from host_waits import Waits
 from rank_cases import Case, Outcome, draw_inputs, run_case
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from glider_dist.parallel.exchange import Traffic, to_host
 
@@ -62,54 +60,6 @@ def expected_traffic(case: Case, strategy: str, parts: int, rank: int, world: in
         if trained:
             returned.add("experts_grad", nbytes({(s, e) for s, e in used[me] if owner[e] != me}))
     return forward, returned
-
-
-class Waits(TorchFunctionMode):
-    """Counts what would make the host wait for a GPU, by name."""
-
-    METHODS = ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[str, int] = {}
-        self.allowed = False
-        self.ops = _Ops(self)
-
-    def note(self, name: str) -> None:
-        if not self.allowed:
-            self.seen[name] = self.seen.get(name, 0) + 1
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in self.METHODS:
-            self.note(name)
-        return func(*args, **(kwargs or {}))
-
-    def __enter__(self) -> Any:
-        self.ops.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.ops.__exit__(*error)
-
-
-class _Ops(TorchDispatchMode):
-    def __init__(self, waits: Waits) -> None:
-        super().__init__()
-        self.waits = waits
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        sized = name == "repeat_interleave" and kwargs.get("output_size") is None
-        known = name in ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "is_nonzero")
-        masks = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        if known or sized or masks or "unique" in name:
-            self.waits.note(f"{name} of a mask" if masks else name)
-        return func(*args, **kwargs)
 
 
 def run_like_gpu(

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from host_waits import Waits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rank_cases import Case, Outcome, run_cases, run_sequence
-from rank_costs import Waits, expected_traffic, run_like_gpu, run_twice
+from rank_costs import expected_traffic, run_like_gpu, run_twice
 
 from glider_dist.lora.grouped import grouped_product
 from glider_dist.parallel.cost import Costs

@@ -326,5 +326,6 @@ def test_a_causal_batch_keeps_its_logits_only_where_there_are_targets(loaded):
     batch = attached.collator.batch([Encoded((5, 6, 7), (8, 1)), Encoded((9,), (10, 11, 1))])
     assert batch.inputs["logits_to_keep"] == 4
     assert batch.targets.tolist() == [2, 3]
-    assert batch.labels.tolist() == [[-100, 8, 1], [10, 11, 1]]
+    assert batch.answers.tolist() == [8, 1, 10, 11, 1]
+    assert (batch.rows.tolist(), batch.columns.tolist()) == ([0, 0, 1, 1, 1], [1, 2, 0, 1, 2])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 1], [0, 9, 10, 11, 1]]

@@ -7,8 +7,8 @@ are of medians.
 
     mixing    one step whose rows belong to 1, 4, 16 or 64 experts, equal tokens: 1,024 and 4,096
     batches   16 experts together and one after another, 2 and 16 rows a step
-    startup   32 experts of 20 steps of 2 rows, from the start of Python: one process; one process each with PEFT,
-              by hand and with transformers' Trainer
+    startup   32 experts of 20 steps of 2 rows, and 8 of 10 steps of 16, from the start of Python: one process; one
+              process each with PEFT, by hand and with transformers' Trainer
     sharded   two ranks, the base replicated and under ZeRO 3
 """
 
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -46,8 +47,20 @@ from glider_dist.training.trainee import Recipe, Trainee
 BASE = "smollm2-135m"
 RANK, ALPHA, RATE, ANSWER, EXAMPLES = 16, 16, 1e-3, 4, 64
 ROUNDS, EXPERTS = 3, 16
-MANY, STEPS, BATCH, PEFT_RUNS = 32, 20, 2, 3
+PEFT_RUNS = 3
 MIXED, ROW_LENGTHS = (1, 4, 16, 64), (16, 64)
+
+
+@dataclass(frozen=True)
+class Load:
+    """So many experts, each of so many steps of so many rows."""
+
+    experts: int
+    steps: int
+    batch: int
+
+
+LOADS = (Load(32, 20, 2), Load(8, 10, 16))
 
 
 class Bench:
@@ -153,13 +166,14 @@ def batches(bench: Bench) -> None:
     )
 
 
-def one_job() -> None:
+def one_job(load: Load) -> None:
     """All of them in this process."""
     bench = Bench(start_ranks())
-    _told(lambda: bench.train([trainee(str(index), STEPS, BATCH) for index in range(MANY)], MANY))
+    mine = [trainee(str(index), load.steps, load.batch) for index in range(load.experts)]
+    _told(lambda: bench.train(mine, load.experts))
 
 
-def one_peft(name: str, trainer: bool) -> None:
+def one_peft(load: Load, name: str, trainer: bool) -> None:
     """One of them in this process, as PEFT's documentation does it: by hand, or with transformers' Trainer."""
     from peft import LoraConfig, get_peft_model
 
@@ -168,7 +182,7 @@ def one_peft(name: str, trainer: bool) -> None:
     targets = peft_targets(linear_sites(base.model), base.model)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(base.model, config)
-    collator, one = Collator(base, 512), trainee(name, STEPS, BATCH)
+    collator, one = Collator(base, 512), trainee(name, load.steps, load.batch)
 
     def inputs(items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         ids, mask = collator.pad_rows([item.prompt + item.answer for item in items], left=True)
@@ -178,7 +192,7 @@ def one_peft(name: str, trainer: bool) -> None:
     def by_hand() -> None:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-        for _ in range(STEPS):
+        for _ in range(load.steps):
             model(**inputs(one.draw())).loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -188,7 +202,7 @@ def one_peft(name: str, trainer: bool) -> None:
         from transformers import Trainer, TrainingArguments
 
         settings = TrainingArguments(
-            tempfile.mkdtemp(), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=RATE,
+            tempfile.mkdtemp(), max_steps=load.steps, per_device_train_batch_size=load.batch, learning_rate=RATE,
             lr_scheduler_type="constant", weight_decay=0.0, save_strategy="no", logging_strategy="no",
             report_to=[], disable_tqdm=True, remove_unused_columns=False, use_cpu=ranks.device.type == "cpu",
             dataloader_pin_memory=False,
@@ -208,10 +222,15 @@ def _told(work: Callable[[], Any]) -> None:
 
 def startup() -> None:
     """Whole processes, timed from outside."""
+    for load in LOADS:
+        _startup(load)
 
+
+def _startup(load: Load) -> None:
     def process(*words: str) -> dict[str, float]:
         started = time.perf_counter()
-        command = [sys.executable, "-m", "glider_dist.bench.train", *words]
+        sizes = map(str, (load.experts, load.steps, load.batch))
+        command = [sys.executable, "-m", "glider_dist.bench.train", words[0], *sizes, *words[1:]]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return {"whole": time.perf_counter() - started, **found}
@@ -228,20 +247,19 @@ def startup() -> None:
     for name, word in (("PEFT by hand", "one-peft"), ("PEFT with the Trainer", "one-trainer")):
         found = [process(word, str(index)) for index in range(PEFT_RUNS)]
         one = {key: statistics.median(each[key] for each in found) for key in found[0]}
-        rows.append(row(name, one, MANY, ours))
+        rows.append(row(name, one, load.experts, ours))
     print(
-        f"\n{MANY} experts of {STEPS} steps of {BATCH} rows, from the start of Python; of PEFT's processes "
-        f"{PEFT_RUNS} were run, their medians count {MANY} times\n{table_of(rows)}",
+        f"\n{load.experts} experts of {load.steps} steps of {load.batch} rows, from the start of Python; "
+        f"{PEFT_RUNS} of PEFT's processes were run, their medians count {load.experts} times\n{table_of(rows)}",
         flush=True,
     )
 
 
 def main(words: list[str]) -> None:
     """Print the tables named in ``words``, or all."""
-    if words[:1] == ["one-job"]:
-        return one_job()
-    if words[:1] in (["one-peft"], ["one-trainer"]):
-        return one_peft(words[1], words[0] == "one-trainer")
+    if words and words[0] in ("one-job", "one-peft", "one-trainer"):
+        load = Load(*map(int, words[1:4]))
+        return one_job(load) if words[0] == "one-job" else one_peft(load, words[4], words[0] == "one-trainer")
     tables = {"mixing": mixing, "batches": batches}
     if unknown := [word for word in words if word not in (*tables, "startup", "sharded")]:
         raise GliderError(f"bench.train knows mixing, batches, startup and sharded, not {unknown[0]!r}")

@@ -43,7 +43,8 @@ class SiteBank:
 
     @cached_property
     def all_eligible(self) -> bool:
-        return bool(self.eligible.all())
+        """Whether every expert adapts this site; known on the host, so that asking waits for no device."""
+        return all(self.ranks)
 
     @property
     def num_experts(self) -> int:

@@ -93,14 +93,15 @@ def subtract_general(site: str, bank: SiteBank, general: Sequence[int]) -> SiteB
     members = [e for e in general if bank.ranks[e]]
     eligible = bank.eligible.clone()
     eligible[list(general)] = False
+    ranks = tuple(0 if e in general else rank for e, rank in enumerate(bank.ranks))
     if not members:
-        return replace(bank, eligible=eligible)
+        return replace(bank, eligible=eligible, ranks=ranks)
     experts = [e for e, rank in enumerate(bank.ranks) if rank]
     common_rank(site, bank, experts, "router.general", "a router without it")
     adapted_E11 = bank.eligible[:, None, None]
     a_Erd = bank.A.detach() - bank.A.detach()[members].mean(0) * adapted_E11
     b_Ero = bank.B.detach() - bank.B.detach()[members].mean(0) * adapted_E11
-    return replace(bank, A=a_Erd, B=b_Ero, eligible=eligible)
+    return replace(bank, A=a_Erd, B=b_Ero, eligible=eligible, ranks=ranks)
 
 
 def common_rank(site: str, bank: SiteBank, experts: Sequence[int], wanted_by: str, instead: str) -> int:

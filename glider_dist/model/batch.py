@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from glider_dist.model.base import BaseModel
 from glider_dist.routing.local import at_least_fp32
 
 log = logging.getLogger(__name__)
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,19 @@ class Batch:
 
     Attributes:
         inputs: what the model's forward takes; tensors ``[B, S]``.
-        labels: ``[B, L]`` target ids, -100 where there is none.
+        answers: ``[N]`` target ids, those of a row one after another.
+        rows, columns: ``[N]`` int64, where the model predicts each of them, among its last ``length`` predictions.
+            The host lays the targets out, so that nothing has to wait for a mask to be searched on a device.
+        length: of the longest answer.
         tokens: entries of the padded input, padding included.
         targets: number of targets per row, ``[B]``.
     """
 
     inputs: dict[str, Any]
-    labels: torch.Tensor
+    answers: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    length: int
     tokens: int
     targets: torch.Tensor
 
@@ -107,20 +113,26 @@ class Collator:
     def batch(self, encoded: Sequence[Encoded]) -> Batch:
         """Pad prompts with their answers."""
         answers = [item.answer for item in encoded]
-        targets = torch.tensor([len(answer) for answer in answers], device=self.device)
-        labels, label_mask = self.pad_rows(answers, left=not self.seq2seq)
-        labels = labels.masked_fill(label_mask == 0, IGNORED)
+        length = max(map(len, answers))
+        places = [
+            (target, row, place if self.seq2seq else length - len(answer) + place)
+            for row, answer in enumerate(answers)
+            for place, target in enumerate(answer)
+        ]
+        found, rows, columns = torch.tensor(places, dtype=torch.int64).view(-1, 3).t().contiguous().to(self.device)
+        counts = torch.tensor([len(answer) for answer in answers], device=self.device)
+        made = partial(Batch, answers=found, rows=rows, columns=columns, length=length, targets=counts)
         if self.seq2seq:
             inputs: dict[str, Any] = self.prompts(encoded)
             shifted = [(self.start, *answer[:-1]) for answer in answers]
             inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = self.pad_rows(shifted, left=False)
-            tokens = inputs["input_ids"].numel() + labels.numel()
-            return Batch({**inputs, "use_cache": False}, labels, tokens, targets)
+            tokens = inputs["input_ids"].numel() + inputs["decoder_input_ids"].numel()
+            return made({**inputs, "use_cache": False}, tokens=tokens)
         ids, mask = self.pad_rows([item.prompt + item.answer for item in encoded], left=True)
         inputs = {"input_ids": ids, "attention_mask": mask, **self.positions(mask)}
         if self.keeps_logits:
-            inputs["logits_to_keep"] = labels.shape[1] + 1
-        return Batch({**inputs, "use_cache": False}, labels, ids.numel(), targets)
+            inputs["logits_to_keep"] = length + 1
+        return made({**inputs, "use_cache": False}, tokens=ids.numel())
 
     def positions(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Position ids that ignore left padding, for models that take them."""
@@ -147,9 +159,8 @@ def target_nll(model: Any, batch: Batch) -> torch.Tensor:
     base), differentiable."""
     logits = model(**batch.inputs).logits
     if "decoder_input_ids" not in batch.inputs:
-        length = batch.labels.shape[1]
-        logits = logits[:, -length - 1 : -1]
+        logits = logits[:, -batch.length - 1 : -1]
     # Only where there is a target: a vocabulary in fp32 is the largest tensor of a step.
-    at = batch.labels != IGNORED
-    losses = F.cross_entropy(at_least_fp32(logits[at]), batch.labels[at], reduction="none")
-    return losses.new_zeros(at.shape).masked_scatter(at, losses).sum(1)
+    at = batch.rows, batch.columns
+    losses = F.cross_entropy(at_least_fp32(logits[at]), batch.answers, reduction="none")
+    return losses.new_zeros(len(batch.targets), batch.length).index_put(at, losses).sum(1)
