@@ -200,8 +200,8 @@ def add_all_experts(
 def count_rows(route: Route, num_experts: int) -> torch.Tensor:
     """Rows per expert ``[E]`` int64, without a host sync."""
     ids_R = route.expert_ids.flatten()
-    used_R = (ids_R >= 0).to(torch.int64)
-    return used_R.new_zeros(num_experts).scatter_add_(0, ids_R.clamp_min(0), used_R)
+    one_R = (ids_R >= 0).to(torch.int64) if route.ragged else torch.ones_like(ids_R)
+    return ids_R.new_zeros(num_experts).scatter_add_(0, ids_R.clamp_min(0) if route.ragged else ids_R, one_R)
 
 
 def add_single_expert(
