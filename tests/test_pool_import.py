@@ -11,16 +11,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from reference_data import reference
 from safetensors.torch import load_file, save_file
 from small_jobs import command, snapshot
-from transformers import AutoModelForSeq2SeqLM
 
 import glider_dist as gd
 from glider_dist.pool import ExpertPool
-from glider_dist.pool.adapter import CARD_FILE, CONFIG_FILE, GATE_FILE, WEIGHTS_FILE
+from glider_dist.pool.adapter import CONFIG_FILE, GATE_FILE, WEIGHTS_FILE
 from glider_dist.pool.header import info_of, read_header
-from glider_dist.semantics.adapter_card import card_description
 from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
 
 
@@ -265,133 +262,3 @@ def test_a_file_cut_off_anywhere_is_refused(length: int, tmp_path: Path) -> None
     (tmp_path / "x.safetensors").write_bytes(content[:length])
     with pytest.raises(gd.GliderError, match="cannot be read"):
         read_header(tmp_path / "x.safetensors")
-
-
-# Published checkpoints ------------------------------------------------------------------------------------------
-
-
-def published(layout: str, folder: Path, alpha: float) -> dict[str, torch.Tensor]:
-    """The experts of a fixture as the authors would have saved them: scale 1/r, so B carries the rest."""
-    state: dict[str, torch.Tensor] = {"encoder.embed_tokens.weight": torch.zeros(4, 4)}
-    gates: dict[str, list[torch.Tensor]] = {}
-    for index, expert in enumerate(sorted((folder / "experts").iterdir())):
-        for key, tensor in load_file(expert / WEIGHTS_FILE).items():
-            site, which = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)
-            value = tensor * alpha if which == "B" else tensor
-            if layout == "glider":
-                state[f"base_model.model.{site}.lora_experts.default.{index}.lora_{which}.weight"] = value
-            else:
-                layer = {"A": 1, "B": 2}[which]
-                state[f"{site}._addons.expert_lora.layer{layer}__{index}"] = value.t().contiguous()
-        for site, vector in load_file(expert / GATE_FILE).items():
-            gates.setdefault(site, []).append(vector)
-            if layout == "phatgoose":
-                state[f"{site}._addons.router.expert_embeddings__{index}"] = vector
-    if layout == "glider":
-        state.update(
-            {f"base_model.model.{site}.lora_gate.default.weight": torch.stack(v) for site, v in gates.items()}
-        )
-    return state
-
-
-@pytest.mark.parametrize("layout", ["glider", "phatgoose"])
-def test_a_published_checkpoint_gives_the_outputs_of_the_authors_layer(layout: str, tmp_path: Path) -> None:
-    folder = reference("fixtures") / "t5_tiny"
-    meta = json.loads((folder / "meta.json").read_text())
-    torch.save(published(layout, folder, float(meta["lora_alpha"])), tmp_path / "pool.pt")
-    words = ["pool", "import", str(tmp_path / "P"), f"task={tmp_path / 'pool.pt'}", f"base={folder / 'base'}"]
-    outcome = command(*words)
-    assert outcome.code == 0, outcome.err + outcome.out
-    assert "already there" in command(*words).out
-    pool = ExpertPool.open(tmp_path / "P")
-    assert pool.names == tuple(f"task_{i}" for i in range(meta["num_experts"]))
-    assert pool.missing_gates() == []
-    assert command("pool", "verify", str(pool.path)).code == 0
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
-    inputs = load_file(folder / "inputs.safetensors")
-    wanted = load_file(folder / "expected.safetensors")["glider_alpha3_top2.logits"]
-    router = gd.RouterConfig(kind="glider", top_k=2, alpha_in=3.0, alpha_out=3.0, threshold=0.5)
-    gd.attach_pool(model, pool, router)
-    names = ("input_ids", "attention_mask", "decoder_input_ids")
-    with torch.no_grad(), gd.query_scores(model, inputs["global_similarity"]):
-        found = model(**{name: inputs[name] for name in names}).logits
-    assert ((found - wanted).norm() / wanted.norm()).item() < 1e-4
-
-
-def test_a_folder_of_converted_checkpoints_has_one_expert_per_file(tmp_path: Path) -> None:
-    folder = reference("fixtures") / "t5_tiny"
-    for index in range(2):
-        expert = folder / "experts" / f"expert_{index}"
-        state = {
-            key.replace(".weight", ".default.weight"): value
-            for key, value in load_file(expert / WEIGHTS_FILE).items()
-        }
-        gate = load_file(expert / GATE_FILE)
-        state.update({f"base_model.model.{site}.lora_gate.default": vector for site, vector in gate.items()})
-        (tmp_path / "runs").mkdir(exist_ok=True)
-        torch.save(state, tmp_path / "runs" / f"task{index}_best.pt")
-    words = ["pool", "import", str(tmp_path / "P"), str(tmp_path / "runs")]
-    assert "add base=" in command(*words).errors[0]
-    assert command(*words, f"base={folder / 'base'}").code == 0
-    pool = ExpertPool.open(tmp_path / "P")
-    assert pool.names == ("task0", "task1")
-    assert pool.expert("task0").config()["lora_alpha"] == 1
-    assert pool.missing_gates() == []
-
-
-# Descriptions ---------------------------------------------------------------------------
-
-CARDS = {
-    "---\nbase_model: x\nlibrary_name: peft\ntags:\n- lora\n- base_model:adapter:x\n---\n# Model Card\n\n"
-    "<!-- Provide a quick summary -->\n\n- **Developed by:** [More Information Needed]\n": None,
-    "---\ndatasets:\n- org/squad_v2\n---\n# QA\n\nThis model [answers](http://x) **questions** about a text.\n": [
-        "This model answers questions about a text.",
-        "Fine-tuned on squad_v2.",
-    ],
-    "---\ntags: [lora, peft, legal-summaries]\n---\n": ["An expert for legal summaries."],
-    "---\n: : broken\n  yaml\n---\nIt turns English sentences into SQL queries.\n": [
-        "It turns English sentences into SQL queries."
-    ],
-    "": None,
-}
-
-
-@pytest.mark.parametrize("text", CARDS)
-def test_a_description_is_read_from_the_adapters_own_card(text: str, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(text)
-    found = card_description(tmp_path)
-    assert (found[0] if found else None) == CARDS[text]
-
-
-def test_experts_are_described_by_file_then_card_then_name(tmp_path: Path, base: Path) -> None:
-    for name in ("from_file", "from_card", "only-the_name"):
-        save_adapter(tmp_path / "adapters" / name, base)
-        (tmp_path / "adapters" / name / "README.md").write_text("# Nothing\n")
-    for name in ("from_file", "from_card"):
-        (tmp_path / "adapters" / name / "README.md").write_text("It sorts the words of a line by length.\n")
-    (tmp_path / "texts.txt").write_text("# by hand\nfrom_file: Counts things.\nfrom_file: It also counts words.\n")
-    pool = tmp_path / "pool"
-    assert command("pool", "import", str(pool), str(tmp_path / "adapters")).code == 0
-    words = [f"pool={pool}", f"run_dir={tmp_path / 'run'}", "device=cpu", "tracking=off", "tasks.limit=2"]
-    outcome = command("describe", *words, f"describe_file={tmp_path / 'texts.txt'}")
-    assert outcome.code == 0, outcome.err
-    cards = {expert.name: expert.card() for expert in ExpertPool.open(pool).experts()}
-    assert cards["from_file"]["descriptions"] == ["Counts things.", "It also counts words."]
-    assert cards["from_card"]["descriptions"] == ["It sorts the words of a line by length."]
-    assert cards["only-the_name"]["descriptions"] == ["only the name"]
-    assert "described by their name alone" in outcome.err
-    (tmp_path / "texts.txt").write_text("no colon here\n")
-    pool_two = random_pool(tmp_path / "two", tiny_causal(), experts=1, base=str(base))
-    words[0] = f"pool={pool_two.path}"
-    outcome = command("describe", *words, f"describe_file={tmp_path / 'texts.txt'}")
-    assert "texts.txt line 1" in outcome.errors[0]
-
-
-def test_a_card_that_came_with_an_exported_expert_is_kept(tmp_path: Path, base: Path) -> None:
-    pool = random_pool(tmp_path / "first", tiny_causal(), experts=["x"], base=str(base))
-    pool.expert("x").update_card(descriptions=["It does x."], scores={"validation_loss": 1.25})
-    command("pool", "export", str(pool.path), str(tmp_path / "out"))
-    command("pool", "import", str(tmp_path / "second"), str(tmp_path / "out"), f"base={base}")
-    card = json.loads((tmp_path / "second" / "experts" / "x" / CARD_FILE).read_text())
-    assert card["descriptions"] == ["It does x."]
-    assert card["scores"] == {"validation_loss": 1.25}

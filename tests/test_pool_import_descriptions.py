@@ -1,0 +1,76 @@
+"""What an imported adapter is said to do: by a file, by its own card, or by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_jobs import command
+from test_pool_import import save_adapter
+
+from glider_dist.pool import ExpertPool
+from glider_dist.pool.adapter import CARD_FILE
+from glider_dist.semantics.adapter_card import card_description
+from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save_tiny_base(tmp_path / "base", tiny_causal())
+
+
+CARDS = {
+    "---\nbase_model: x\nlibrary_name: peft\ntags:\n- lora\n- base_model:adapter:x\n---\n# Model Card\n\n"
+    "<!-- Provide a quick summary -->\n\n- **Developed by:** [More Information Needed]\n": None,
+    "---\ndatasets:\n- org/squad_v2\n---\n# QA\n\nThis model [answers](http://x) **questions** about a text.\n": [
+        "This model answers questions about a text.",
+        "Fine-tuned on squad_v2.",
+    ],
+    "---\ntags: [lora, peft, legal-summaries]\n---\n": ["An expert for legal summaries."],
+    "---\n: : broken\n  yaml\n---\nIt turns English sentences into SQL queries.\n": [
+        "It turns English sentences into SQL queries."
+    ],
+    "": None,
+}
+
+
+@pytest.mark.parametrize("text", CARDS)
+def test_a_description_is_read_from_the_adapters_own_card(text: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(text)
+    found = card_description(tmp_path)
+    assert (found[0] if found else None) == CARDS[text]
+
+
+def test_experts_are_described_by_file_then_card_then_name(tmp_path: Path, base: Path) -> None:
+    for name in ("from_file", "from_card", "only-the_name"):
+        save_adapter(tmp_path / "adapters" / name, base)
+        (tmp_path / "adapters" / name / "README.md").write_text("# Nothing\n")
+    for name in ("from_file", "from_card"):
+        (tmp_path / "adapters" / name / "README.md").write_text("It sorts the words of a line by length.\n")
+    (tmp_path / "texts.txt").write_text("# by hand\nfrom_file: Counts things.\nfrom_file: It also counts words.\n")
+    pool = tmp_path / "pool"
+    assert command("pool", "import", str(pool), str(tmp_path / "adapters")).code == 0
+    words = [f"pool={pool}", f"run_dir={tmp_path / 'run'}", "device=cpu", "tracking=off", "tasks.limit=2"]
+    outcome = command("describe", *words, f"describe_file={tmp_path / 'texts.txt'}")
+    assert outcome.code == 0, outcome.err
+    cards = {expert.name: expert.card() for expert in ExpertPool.open(pool).experts()}
+    assert cards["from_file"]["descriptions"] == ["Counts things.", "It also counts words."]
+    assert cards["from_card"]["descriptions"] == ["It sorts the words of a line by length."]
+    assert cards["only-the_name"]["descriptions"] == ["only the name"]
+    assert "described by their name alone" in outcome.err
+    (tmp_path / "texts.txt").write_text("no colon here\n")
+    pool_two = random_pool(tmp_path / "two", tiny_causal(), experts=1, base=str(base))
+    words[0] = f"pool={pool_two.path}"
+    outcome = command("describe", *words, f"describe_file={tmp_path / 'texts.txt'}")
+    assert "texts.txt line 1" in outcome.errors[0]
+
+
+def test_a_card_that_came_with_an_exported_expert_is_kept(tmp_path: Path, base: Path) -> None:
+    pool = random_pool(tmp_path / "first", tiny_causal(), experts=["x"], base=str(base))
+    pool.expert("x").update_card(descriptions=["It does x."], scores={"validation_loss": 1.25})
+    command("pool", "export", str(pool.path), str(tmp_path / "out"))
+    command("pool", "import", str(tmp_path / "second"), str(tmp_path / "out"), f"base={base}")
+    card = json.loads((tmp_path / "second" / "experts" / "x" / CARD_FILE).read_text())
+    assert card["descriptions"] == ["It does x."]
+    assert card["scores"] == {"validation_loss": 1.25}
