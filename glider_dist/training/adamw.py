@@ -118,8 +118,16 @@ def row_norms(grads: torch.Tensor, rows: Sequence[int]) -> dict[int, float]:
     """The 2-norm of each named row of ``[e, n]``; one host sync for all. Not finite if any entry is not."""
     if not rows:
         return {}
-    parts = [torch.stack(torch._foreach_norm(grads[row].split(_NORM_PART))).norm() for row in rows]
-    return dict(zip(rows, torch.stack(parts).tolist(), strict=True))
+    norms = [
+        torch.cat([torch.linalg.vector_norm(part, dim=1) for part in _parts(grads[row])]).norm() for row in rows
+    ]
+    return dict(zip(rows, torch.stack(norms).tolist(), strict=True))
+
+
+def _parts(row_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[parts, part]``, which all threads share out, and what is left, ``[1, rest]``."""
+    whole = row_n.shape[0] // _NORM_PART * _NORM_PART
+    return row_n[:whole].view(-1, _NORM_PART), row_n[None, whole:]
 
 
 def all_finite(values: Sequence[float]) -> bool:
