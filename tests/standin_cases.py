@@ -47,9 +47,10 @@ class Both:
 
     @property
     def error(self) -> float:
-        """The largest difference, relative to the largest number."""
+        """The largest difference, relative to the largest number; NaN if any number is."""
         pairs = [(a, b) for a, b in zip(self.cpu, self.standin, strict=True) if a.numel()]
-        return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-9)) for a, b in pairs)
+        errors = [(a - b).abs().max() / a.abs().max().clamp_min(1e-9) for a, b in pairs]
+        return float(torch.stack([error.double() for error in errors]).max())
 
     @property
     def ours(self) -> dict[str, int]:
