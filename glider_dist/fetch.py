@@ -7,6 +7,7 @@ import logging
 from glider_dist.job import Job
 from glider_dist.model.base import fetch_base
 from glider_dist.semantics.embedder import Embedder
+from glider_dist.tasks.task import PARTS
 
 log = logging.getLogger(__name__)
 
@@ -20,5 +21,8 @@ def run(job: Job) -> None:
     log.info("base: %s", fetch_base(job.cfg.base))
     Embedder(job.cfg.embedder).load()
     log.info("embedder: %s", job.cfg.embedder)
-    examples = sum(len(task.examples(part)) for task in job.tasks.all for part in ("train", "validation", "test"))
-    log.info("tasks: %d with %d examples", len(job.tasks.all), examples)
+    held_in, held_out = job.tasks.held_in, job.tasks.held_out
+    examples = sum(len(task.examples(part)) for task in held_in for part in PARTS)
+    # Nothing is trained on those, and they may have nothing else.
+    examples += sum(len(task.examples("test")) for task in held_out)
+    log.info("tasks: %d with %d examples", len(held_in) + len(held_out), examples)

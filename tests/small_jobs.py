@@ -42,7 +42,7 @@ _WORDS = ("sun", "river", "stone", "cloud", "tree", "lamp", "door", "bird", "fis
 
 
 def write_tasks(folder: Path, held_in: Sequence[str] = HELD_IN, held_out: Sequence[str] = HELD_OUT) -> Path:
-    """A folder for tasks.source=jsonl: 12 training, 6 validation and 4 test examples a task."""
+    """A folder for tasks.source=jsonl: 12 training, 6 validation and 4 test examples (held-out: these alone)."""
     records, wordings = [], {}
     for name in (*held_in, *held_out):
         definition, answer = _TASKS[name]
@@ -54,6 +54,8 @@ def write_tasks(folder: Path, held_in: Sequence[str] = HELD_IN, held_out: Sequen
         }
         (folder / "tasks" / name).mkdir(parents=True)
         for part, count in (("train", 12), ("validation", 6), ("test", 4)):
+            if part != "test" and name in held_out:
+                continue
             rows = []
             for row in range(count):
                 start = int(hashlib.sha256(f"{part}{row}".encode()).hexdigest(), 16) % 1000

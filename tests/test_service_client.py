@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +52,13 @@ def remote(
 ) -> RemoteEmbedder:
     fallback = None if local is None else lambda: local
     return RemoteEmbedder(MODEL, url, ServiceConfig(**settings), token, fallback)  # type: ignore[arg-type]
+
+
+def without_fingerprint(embedder: RemoteEmbedder) -> RemoteEmbedder:
+    """As vLLM and hosted endpoints leave it out."""
+    embedder._identify()
+    embedder._fingerprint = None
+    return embedder
 
 
 def test_vectors_and_fingerprint_are_those_of_the_model(service: Service, local: Embedder):
@@ -162,17 +169,52 @@ def test_an_index_of_other_weights_is_refused(service: Service, pool: ExpertPool
         GlobalRouter(pool, remote(service.url)).similarity(["a"])
 
 
-def test_an_endpoint_without_a_fingerprint_is_known_by_its_vectors(service: Service, pool: ExpertPool):
+@pytest.mark.parametrize("silent", ["index", "endpoint"])
+def test_where_index_or_endpoint_has_no_fingerprint_another_model_is_refused(
+    service: Service, pool: ExpertPool, local: Embedder, silent: str
+):
     path = pool.router_dir / FILE
-    silent = remote(service.url)
-    silent._identify()
-    silent._fingerprint = None  # what vLLM and hosted endpoints leave out
-    assert GlobalRouter(pool, silent).similarity(["a"]).shape == (1, 3)
     index = read_index(path)
-    turned = index.embeddings.roll(1, dims=1)
-    save_index(replace(index, embeddings=turned), path)
+    other = replace(index, embeddings=index.embeddings.roll(1, dims=1))
+    embedder: RemoteEmbedder | Embedder = local
+    if silent == "index":
+        index, other = replace(index, fingerprint=""), replace(other, fingerprint="")
+    else:
+        embedder = without_fingerprint(remote(service.url))
+    save_index(index, path)
+    assert GlobalRouter(pool, embedder).similarity(["a"]).shape == (1, 3)
+    save_index(other, path)
     with pytest.raises(GliderError, match="unlike the index"):
-        GlobalRouter(pool, silent).similarity(["a"])
+        GlobalRouter(pool, embedder).similarity(["a"])
+
+
+def test_an_index_without_a_fingerprint_is_made_anew_for_another_model(pool: ExpertPool, local: Embedder):
+    old = replace(read_index(pool.router_dir / FILE), fingerprint="")
+    texts = {expert.name: list(expert.card()["descriptions"]) for expert in pool.experts()}
+    wanted = [text for one in texts.values() for text in one]
+    assert build_index(texts, local, known=known_vectors(old, local, wanted))[1] == 0
+    other = replace(old, embeddings=old.embeddings.roll(1, dims=1))
+    assert build_index(texts, local, known=known_vectors(other, local, wanted))[1] == len(set(wanted))
+
+
+def test_another_model_does_not_stand_in_for_an_endpoint_without_a_fingerprint(tmp_path: Path, local: Embedder):
+    class Other(Embedder):
+        def compute(self, texts: Sequence[str]) -> torch.Tensor:
+            return super().compute(texts).roll(1, dims=1)
+
+    service = start_service(tmp_path)
+    try:
+        embedders = [
+            without_fingerprint(remote(service.url, local=stand_in, timeout=0.5))
+            for stand_in in (local, Other(MODEL))
+        ]
+        for embedder in embedders:
+            embedder.embed(["a"])
+    finally:
+        service.end()
+    assert embedders[0].embed(["b"]).shape == (1, 384)
+    with pytest.raises(GliderError, match="another model than the service's"):
+        embedders[1].embed(["b"])
 
 
 def test_prefixes_are_stored_with_the_index_and_checked(pool: ExpertPool, local: Embedder):
@@ -189,8 +231,8 @@ def test_prefixes_are_stored_with_the_index_and_checked(pool: ExpertPool, local:
 
 def test_only_new_descriptions_are_embedded(pool: ExpertPool, local: Embedder):
     old = read_index(pool.router_dir / FILE)
-    known = known_vectors(old, local)
     texts = {expert.name: list(expert.card()["descriptions"]) for expert in pool.experts()}
+    known = known_vectors(old, local, texts["expert_1"])
     same, embedded = build_index(texts, local, known=known)
     assert embedded == 0
     assert torch.equal(same.embeddings, old.embeddings)

@@ -100,7 +100,20 @@ def test_a_limit_takes_a_sample_of_a_sorted_file_that_larger_limits_extend(tmp_p
     assert (len(few), len(more)) == (10, 30)
     assert {example.target for example in few} == {"good", "bad"}
     assert {e.id for e in few} <= {e.id for e in more}
-    assert [int(e.input) for e in more] == sorted(int(e.input) for e in more)
+
+
+def test_the_first_examples_of_a_file_that_is_sorted_by_target_have_every_label(tmp_path):
+    lines = [{"id": f"toy-{n}", "input": f"{n}", "target": "abc"[n // 40]} for n in range(120)]
+    _write(tmp_path, lines)
+    examples = _only(tmp_path).examples("train")
+    assert {example.target for example in examples[:12]} == {"a", "b", "c"}
+    assert sorted(int(example.input) for example in examples) == list(range(120))
+
+
+def test_a_file_that_is_not_sorted_by_target_keeps_its_order(tmp_path):
+    lines = [{"id": f"toy-{n}", "input": f"{n}", "target": "ab"[n // 2 % 2]} for n in range(6)]
+    _write(tmp_path, lines)
+    assert [int(example.input) for example in _only(tmp_path).examples("train")] == list(range(6))
 
 
 @pytest.mark.parametrize(

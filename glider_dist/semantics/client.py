@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from glider_dist.errors import GliderError
-from glider_dist.semantics.embedder import REMEMBERED, Embedder, embed_once
+from glider_dist.semantics.embedder import REMEMBERED, Embedder, embed_once, same_model
 from glider_dist.semantics.service.access import is_loopback, keep_addresses_out_of_logs
 from glider_dist.semantics.settings import ServiceConfig
 from glider_dist.semantics.vectors import Recent
@@ -79,6 +79,7 @@ class RemoteEmbedder:
         self._model: str | None = None
         self._fingerprint: str | None = None
         self._dimension: int | None = None
+        self._example: tuple[str, torch.Tensor] | None = None
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """L2-normalised embeddings ``[len(texts), D]`` fp32 on the CPU.
@@ -114,7 +115,11 @@ class RemoteEmbedder:
         return local(self._fallback)
 
     def _checked_fallback(self, local: Embedder) -> Embedder:
-        if self._fingerprint is not None and local.fingerprint() != self._fingerprint:
+        if self._fingerprint is not None:
+            same = local.fingerprint() == self._fingerprint
+        else:
+            same = self._example is None or same_model(local.embed([self._example[0]]), self._example[1])
+        if not same:
             raise GliderError(
                 f"embedder {local.name!r} in this process is another model than the service's; "
                 "start the service again, or set service.fallback=false and embedder= to the same model"
@@ -169,7 +174,9 @@ class RemoteEmbedder:
             )
         self._dimension = int(vectors.shape[1])
         # Not every endpoint normalises.
-        return torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
+        vectors_ND = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
+        self._example = (texts[0], vectors_ND[:1])
+        return vectors_ND
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         reason = ""

@@ -14,13 +14,10 @@ from glider_dist.pool import ExpertPool
 from glider_dist.semantics.chat_descriptions import QueryDescriber
 from glider_dist.semantics.describe import descriptions_of
 from glider_dist.semantics.embedder import TextEmbedder
-from glider_dist.semantics.index import FILE, IndexSettings, index_settings, load_index
+from glider_dist.semantics.index import FILE, IndexSettings, check_model, index_settings, load_index
 
 if TYPE_CHECKING:
     from glider_dist.job import Job
-
-_PROBES = 3  # descriptions that are embedded again to recognise a model without a fingerprint
-_SAME_MODEL = 0.995  # cosine; bfloat16 on the other side costs less than 0.002
 
 
 class GlobalRouter:
@@ -85,30 +82,10 @@ class GlobalRouter:
         return scores
 
     def check_embedder(self) -> None:
-        """Compare fingerprints; where an endpoint has none, embed a description again and compare the vectors.
-
-        Raises:
-            GliderError: the embedder is not the model that made the index.
-        """
-        found = self.embedder.fingerprint()
-        advice = "use the same model or run index again"
-        if found is not None:
-            if self.index.fingerprint and found != self.index.fingerprint:
-                raise GliderError(f"the embedder's weights are not those that made the index; {advice}")
-            return
-        texts = [text for texts in self._descriptions.values() for text in texts][:_PROBES]
-        again = self.embedder.embed([self.index.description_prefix + text for text in texts])
-        stored = self.index.embeddings[: len(texts)]
-        if again.shape != stored.shape:
-            raise GliderError(
-                f"the endpoint's embeddings have {again.shape[1]} dimensions, the index {stored.shape[1]}; "
-                + advice
-            )
-        least = float((again * stored).sum(1).min())
-        if least < _SAME_MODEL:
-            raise GliderError(
-                f"the endpoint embeds the pool's descriptions unlike the index does (cosine {least:.3f}); {advice}"
-            )
+        """Raises GliderError if the embedder is not the model that made the index; see ``check_model``."""
+        texts = [text for texts in self._descriptions.values() for text in texts]
+        prefixed = [self.index.description_prefix + text for text in texts]
+        check_model(self.index, self.embedder, prefixed, self.index.embeddings)
 
 
 def global_router(job: Job, pool: ExpertPool) -> GlobalRouter:

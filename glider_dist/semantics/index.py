@@ -21,7 +21,7 @@ from glider_dist.errors import GliderError
 from glider_dist.pool.files import replacing
 from glider_dist.semantics.client import Unreachable
 from glider_dist.semantics.describe import descriptions_of
-from glider_dist.semantics.embedder import TextEmbedder
+from glider_dist.semantics.embedder import TextEmbedder, same_model
 from glider_dist.tracking.progress import progress
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 FILE = "embeddings.safetensors"
+_PROBES = 3  # descriptions that are embedded again to recognise a model without a fingerprint
 _AT_ONCE = 1024
 """Experts whose descriptions are embedded between two looks at a wish to stop."""
 
@@ -109,6 +110,10 @@ def _text_digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
+def _prefixed(descriptions: dict[str, list[str]], settings: IndexSettings) -> list[str]:
+    return [settings.description_prefix + text for texts in descriptions.values() for text in texts]
+
+
 def build_index(
     descriptions: dict[str, list[str]],
     embedder: TextEmbedder,
@@ -131,7 +136,7 @@ def build_index(
         if not texts:
             raise GliderError(f"expert {name!r} has no description; run describe first")
     owner = [index for index, texts in enumerate(descriptions.values()) for _ in texts]
-    texts = [settings.description_prefix + text for texts in descriptions.values() for text in texts]
+    texts = _prefixed(descriptions, settings)
     digests = [_text_digest(text) for text in texts]
     new = {digest: text for digest, text in zip(digests, texts, strict=True) if digest not in known}
     vectors = dict(zip(new, embedder.embed(list(new.values())), strict=True))
@@ -150,10 +155,53 @@ def build_index(
     return index, len(new)
 
 
-def known_vectors(index: Index, embedder: TextEmbedder) -> dict[bytes, torch.Tensor]:
-    """``{sha256 of a text: its vector}`` of an index, if the same model made it; else nothing."""
-    same = (index.embedder, index.fingerprint) == (embedder.name, embedder.fingerprint() or "")
-    if index.rows is None or not same:
+def check_model(index: Index, embedder: TextEmbedder, texts: Sequence[str], vectors_ND: torch.Tensor) -> None:
+    """Compare fingerprints; where one of the two is not known, embed some texts again and compare the vectors.
+
+    Args:
+        texts: N of the texts that were embedded for the index, prefix included.
+        vectors_ND: what the index has for them.
+
+    Raises:
+        GliderError: the embedder is not the model that made the index.
+    """
+    advice = "use the same model or run index again"
+    found = embedder.fingerprint()
+    if found is not None and index.fingerprint:
+        if found != index.fingerprint:
+            raise GliderError(f"the embedder's weights are not those that made the index; {advice}")
+        return
+    again = embedder.embed(texts[:_PROBES])
+    if again.shape[1] != vectors_ND.shape[1]:
+        raise GliderError(
+            f"the embedder's vectors have {again.shape[1]} dimensions, those of the index "
+            f"{vectors_ND.shape[1]}; {advice}"
+        )
+    if not same_model(again, vectors_ND[:_PROBES]):
+        raise GliderError(f"the embedder's vectors of the pool's descriptions are unlike the index; {advice}")
+
+
+def known_vectors(index: Index, embedder: TextEmbedder, texts: Sequence[str]) -> dict[bytes, torch.Tensor]:
+    """``{sha256 of a text: its vector}`` of an index, if the same model made it; else nothing.
+
+    Args:
+        texts: what is wanted now, prefix included; by some of them a model without a fingerprint is recognised.
+    """
+    found = _vectors_by_text(index)
+    shared = [text for text in texts if _text_digest(text) in found][:_PROBES]
+    if not shared or index.embedder != embedder.name:
+        return {}
+    try:
+        check_model(index, embedder, shared, torch.stack([found[_text_digest(text)] for text in shared]))
+    except Unreachable:
+        raise
+    except GliderError:
+        return {}
+    return found
+
+
+def _vectors_by_text(index: Index) -> dict[bytes, torch.Tensor]:
+    if index.rows is None:
         return {}
     return {row.tobytes(): vector for row, vector in zip(index.rows.numpy(), index.embeddings, strict=True)}
 
@@ -246,16 +294,17 @@ def run(job: Job) -> None:
         except GliderError as error:
             log.debug("the index is made: %s", error)
         known: dict[bytes, torch.Tensor] = {}
+        wanted = _prefixed(descriptions, settings)
         for old in (path, kept):
             with contextlib.suppress(GliderError):
-                known |= known_vectors(read_index(old), embedder)
+                known |= known_vectors(read_index(old), embedder, wanted)
         names, embedded = list(descriptions), 0
         for end in progress(range(_AT_ONCE, len(names) + _AT_ONCE, _AT_ONCE), desc="experts", enabled=True):
             part = {name: descriptions[name] for name in names[:end]}
             made, new = build_index(part, embedder, settings, known)
             embedded += new
             if len(part) < len(names):
-                known |= known_vectors(made, embedder)
+                known |= _vectors_by_text(made)
                 if new and job.stop.wished:
                     save_index(made, kept)
                     broke_off = True

@@ -29,7 +29,7 @@ from typing import Any
 
 from glider_dist.errors import GliderError
 from glider_dist.tasks.jsonl import BIG_BENCH_PREFIXES
-from glider_dist.tasks.record import make_example, make_task, sample, task_records, texts
+from glider_dist.tasks.record import make_example, make_task, mixed, sample, task_records, texts
 from glider_dist.tasks.task import PARTS, Example, Task
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,9 @@ def _read_split(
     if lacking:
         log.warning("%s: %d of %d rows of %s lack an input or a target", where, len(lacking), len(rows), source)
     chosen = [kept[position] for position in sample([ids[row] for row in kept], limit)]
-    return [_example(rows[row], record, ids[row], choices, f"{where}, {source} row {row}") for row in chosen]
+    return mixed(
+        [_example(rows[row], record, ids[row], choices, f"{where}, {source} row {row}") for row in chosen]
+    )
 
 
 def _incomplete(rows: Any, record: dict[str, Any], choices: tuple[str, ...]) -> set[int]:

@@ -21,6 +21,7 @@ from glider_dist.errors import GliderError
 from glider_dist.tasks.record import (
     make_example,
     make_task,
+    mixed,
     read_json,
     read_text,
     sample,
@@ -103,7 +104,7 @@ def _read_split(
         examples.append(example)
     if not examples:
         raise GliderError(f"{path} is empty; task {name!r} needs at least one line there")
-    return [examples[position] for position in sample([example.id for example in examples], limit)]
+    return mixed([examples[position] for position in sample([example.id for example in examples], limit)])
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
