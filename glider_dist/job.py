@@ -46,6 +46,7 @@ class Job:
         self.ranks = ranks
         self.stop = stop or StopWish(cfg.max_minutes, ranks)
         self.run_dir = Path(cfg.run_dir or f"runs/{stage}")
+        self._base_hash: str | None = None
         ranks.check_agreement("configuration", f"{stage}\n{OmegaConf.to_yaml(OmegaConf.structured(cfg))}")
 
     @cached_property
@@ -55,7 +56,8 @@ class Job:
     @cached_property
     def base(self) -> BaseModel:
         cfg, device = self.cfg, str(self.ranks.device)
-        if cfg.zero_stage == 3 and self.ranks.world > 1:
+        sharded = cfg.zero_stage == 3 and self.ranks.world > 1
+        if sharded:
             with self.main_first():
                 prepare_base(cfg.base)
             base = load_base(cfg.base, cfg.dtype, device, sharded=True)
@@ -63,12 +65,20 @@ class Job:
             with self.main_first():
                 base = load_base(cfg.base, cfg.dtype, device, cfg.base_bits)
         log.info("base %s on %s, %s", base.source, base.device, base.reason)
+        self._base_hash = self._hash_of(base, sharded)
         return base
+
+    def _hash_of(self, base: BaseModel, sharded: bool) -> str | None:
+        """Read once: by rank 0 if it alone reads the base, else by the first rank of each node."""
+        ranks = self.ranks
+        reader = 0 if sharded else ranks.rank - ranks.local_rank
+        return ranks.gather(base.weights_hash if ranks.rank == reader else None)[reader]
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Taken before experts or DeepSpeed change the model's modules."""
-        return fingerprint(self.base.model, self.base.weights_hash)
+        model = self.base.model
+        return fingerprint(model, self._base_hash)
 
     @cached_property
     def frozen(self) -> FrozenBase:

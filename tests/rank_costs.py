@@ -76,7 +76,7 @@ def run_like_gpu(
             waits.allowed = False
 
     with (
-        patch("glider_dist.lora.apply.for_cpu", lambda plan, bank, dtype: (plan, bank)),
+        patch("glider_dist.lora.apply.fitted", lambda plan, bank, x: (plan, bank)),
         patch("glider_dist.lora.apply.is_small", lambda x, bank, places: small and bank.num_experts > 0),
         patch("glider_dist.parallel.dispatch.to_host", allowed),
     ):

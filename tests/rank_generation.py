@@ -11,6 +11,7 @@ from rank_cases import mesh_of, relative_error
 from rank_models import EXPERTS, Run, attached, batch_of, forward, model_of, scope
 
 import glider_dist as gd
+from glider_dist.model.attach import context_of
 from glider_dist.parallel.exchange import Traffic, count_traffic
 
 
@@ -66,14 +67,15 @@ def generate_all(
 
 
 def shortlisted(
-    name: str, router: str, path: str, parts: int, dispatch: str, never: bool
-) -> tuple[float, list[Traffic]]:
-    """The largest error, and the traffic of entering the scores and of each of two forwards inside.
+    name: str, router: str, path: str, parts: int, dispatch: str, never: bool, cache_bytes: int = 1 << 30
+) -> tuple[float, list[Traffic], int]:
+    """The largest error, the traffic of entering the scores and of each of two forwards inside, and the bytes that
+    the cache of experts holds then.
 
     Args:
         never: the first rank's queries may use no expert at all.
     """
-    run = Run(name, router, dispatch, parts, train=False)
+    run = Run(name, router, dispatch, parts, train=False, cache_bytes=cache_bytes)
     mesh = mesh_of(parts)
     pool = gd.ExpertPool.open(path)
     batch = batch_of(run, mesh.rank)
@@ -81,11 +83,12 @@ def shortlisted(
     similarity = torch.rand(len(batch["input_ids"]), EXPERTS, generator=generator, dtype=run.dtype)
     if never and mesh.rank == 0:
         similarity.fill_(float("-inf"))
-    found, costs = [], []
+    found, costs, held = [], [], 0
     for which, own_mesh in enumerate((None, mesh)):
         model = model_of(name, which, run.dtype)
         costs = [Traffic()]
         with attached(model, pool, run, own_mesh), torch.no_grad(), contextlib.ExitStack() as stack:
+            dispatched = context_of(model).dispatch
             with count_traffic() as costs[0]:
                 stack.enter_context(gd.query_scores(model, similarity))
             logits = []
@@ -93,5 +96,6 @@ def shortlisted(
                 with count_traffic() as each:
                     logits.append(forward(model, run, mesh.rank))
                 costs.append(each)
+            held = 0 if dispatched is None else dispatched.cache.nbytes
         found.append(torch.stack(logits))
-    return relative_error(found[1], found[0]), costs
+    return relative_error(found[1], found[0]), costs, held

@@ -17,6 +17,7 @@ from rank_cases import mesh_of
 
 import glider_dist as gd
 from glider_dist.config import Config, MeshConfig, TrainConfig
+from glider_dist.errors import GliderError
 from glider_dist.model.attach import attach_pool, context_of, detach, query_scores
 from glider_dist.model.batch import Collator, Encoded, target_nll
 from glider_dist.model.engine import FrozenBase
@@ -304,3 +305,21 @@ def reference(case: Case, path: str) -> Found:
     detach(base.model)
     assert changed
     return Found(state, losses, [0.0] * len(losses), norms)
+
+
+def train_past_the_range(case: Case, path: str) -> tuple[str, bool, int]:
+    """A step whose gradient is not finite although its loss is: the error, whether all stayed as it was, and the
+    number of the last step."""
+    with prepared(case, path) as (loop, trained, engine):
+        loop.step(rows_of(0, case.batch))
+        before, backward = gather_state(engine, trained), engine.backward
+        engine.backward = lambda loss, last: backward(loss * float("inf"), last)
+        try:
+            loop.step(rows_of(1, case.batch))
+        except GliderError as error:
+            after = gather_state(engine, trained)
+            same = all(
+                torch.equal(value, after[name][key]) for name in before for key, value in before[name].items()
+            )
+            return str(error), same, loop.progress.step
+        return "", False, loop.progress.step

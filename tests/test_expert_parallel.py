@@ -175,12 +175,22 @@ def test_cached_decoding_exchanges_once_per_group_and_step(local_ranks: Ranks, p
 def test_a_shortlist_is_fetched_once(local_ranks: Ranks, pools, name, world, parts, dispatch, router):
     for never in (False, True):
         results = local_ranks(world).run(shortlisted, name, router, pools(name), parts, dispatch, never)
-        for error, costs in results:
+        for error, costs, held in results:
             assert error < 1e-9
+            assert held > 0 or never or dispatch == "local"
             entered, *forwards = costs
             assert entered.collectives == {"counts": 1, "experts": 1}
             assert entered.host_syncs == 1
             assert forwards == [Traffic(), Traffic()]
+
+
+def test_a_shortlist_larger_than_the_cache_is_used_without_a_copy(local_ranks: Ranks, pools):
+    results = local_ranks(2).run(shortlisted, "llama", "shortlist", pools("llama"), 2, "auto", False, 1000)
+    for error, costs, held in results:
+        assert error < 1e-9
+        assert costs[0].collectives == {"counts": 1, "experts": 1}
+        assert costs[1:] == [Traffic(), Traffic()]
+        assert held == 0
 
 
 def test_a_shortlist_serves_generation_without_waiting_for_each_other(local_ranks: Ranks, pools):

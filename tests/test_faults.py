@@ -147,7 +147,7 @@ def test_what_a_killed_writer_left_of_an_expert_is_cleared_up_and_the_old_one_co
     (experts / "a").rename(experts / ".a.77.old")
     with holding(pool.path, "a"):
         assert {path.name for path in experts.iterdir()} == {"a", "a.b", ".a.lock", ".a.b.12345678.tmp"}
-    clear_up(experts / "a.b")
+    clear_up(experts, ["a.b"])
     assert verify(ExpertPool.open(pool.path)) == []
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from glider_dist.lora.apply import Plan, for_cpu, pad_groups, plan_rows
+from glider_dist.lora import grouped
+from glider_dist.lora.apply import Plan, fitted, pad_groups, plan_rows
 from glider_dist.lora.bank import SiteBank
 from glider_dist.lora.grouped import grouped_product
 from glider_dist.routing.route import Route
@@ -54,6 +57,27 @@ def test_padded_groups_give_the_sums_and_gradients_of_the_plain_ones(
 
 @pytest.mark.parametrize(("most", "batched"), [(64, True), (65, False)])
 def test_a_cpu_takes_one_product_in_half_precision_unless_a_group_is_large(most: int, batched: bool) -> None:
-    _, bank, plan = setup([most, 0, 2, 5, 1], torch.bfloat16)
-    assert for_cpu(plan, bank, torch.bfloat16)[0].equal == batched
-    assert not for_cpu(plan, bank, torch.float32)[0].equal
+    x, bank, plan = setup([most, 0, 2, 5, 1], torch.bfloat16)
+    assert fitted(plan, bank, x)[0].equal == batched
+    assert not fitted(plan, bank, x.float())[0].equal
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 9, 1, 4], [0, 0, 0, 0, 1], [0, 4, 0, 0, 0], [2, 2, 0, 0, 1, 0, 3]])
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_more_groups_than_a_kernel_takes_are_several_calls(
+    counts: list[int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, bank, plan = setup(counts, torch.float32)
+    wanted = result(x, bank, plan)
+    monkeypatch.setattr(grouped, "_MOST_GROUPS", most)
+    calls = []
+
+    def limited(x_Ri: torch.Tensor, w_Eio: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        calls.append(len(w_Eio))
+        return torch.nn.functional.grouped_mm(x_Ri, w_Eio, offs=offs)
+
+    monkeypatch.setattr(grouped, "F", SimpleNamespace(grouped_mm=limited))
+    for ours, plain in zip(result(x, bank, plan), wanted, strict=True):
+        torch.testing.assert_close(ours, plain)
+    assert calls
+    assert max(calls) <= most

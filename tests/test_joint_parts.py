@@ -18,6 +18,7 @@ from glider_dist.testing import random_pool, tiny_causal
 from glider_dist.training.batches import Packing
 from glider_dist.training.joint_batches import Row, micro_batches, share
 from glider_dist.training.joint_config import deepspeed_config, recipes_of
+from glider_dist.training.joint_keep import is_gate
 from glider_dist.training.joint_params import Rows
 from glider_dist.training.joint_pool import STAGING, complete, move_into_place, staging_pool, write_version
 from glider_dist.training.joint_routing import RouterExtras, shares_of
@@ -277,3 +278,11 @@ def test_a_job_killed_while_it_moves_complete_versions_is_finished_by_the_next(p
     assert found.names == ("expert_0", "expert_1")
     assert all(found.expert(name).card()["joint"] for name in found.names)
     assert sorted(os.listdir(experts)) == ["expert_0", "expert_1"]
+
+
+def test_a_gate_projection_is_no_gate():
+    wanted = [f"layers.0.mlp.gate_proj.gate{moment}" for moment in ("", ".exp_avg", ".exp_avg_sq")]
+    other = [
+        f"layers.0.mlp.gate_proj.{part}{moment}" for part in "AB" for moment in ("", ".exp_avg", ".exp_avg_sq")
+    ]
+    assert [key for key in (*wanted, *other, "best/layers.0.mlp.gate_proj.gate") if is_gate(key)] == wanted

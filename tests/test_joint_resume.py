@@ -159,3 +159,17 @@ def test_what_changed_since_the_checkpoint_is_named_and_the_pool_stays(folder, b
     assert largest_difference(before, adapters(folder / "pool")) == 0.0
     shutil.rmtree(folder / "run" / "checkpoints" / "joint")
     assert run(folder, base).code == 0
+
+
+def test_settings_that_change_no_weight_neither_block_a_resume_nor_repeat_a_training(folder, base):
+    with work.at_turn(9, work.killed), pytest.raises(work.Killed):
+        run(folder, base)
+    file = Path(__file__).resolve().parents[1] / "launch_configs" / "deepspeed" / "zero0.json"
+    outcome = run(folder, base, joint__deepspeed=file, train__keep_last=3)
+    assert outcome.code == 0, outcome.err
+    assert "joint training goes on after step" in outcome.err
+    trained = adapters(folder / "pool")
+    outcome = run(folder, base, train__save_minutes=5, joint__recalibrate=False)
+    assert outcome.code == 0, outcome.err
+    assert "done already" in outcome.err
+    assert largest_difference(trained, adapters(folder / "pool")) == 0.0

@@ -198,10 +198,18 @@ def test_wrong_settings_are_refused_before_anything_is_written(job: Job, tmp_pat
 
 
 def test_a_pool_that_another_job_writes_is_not_touched(job: Job):
-    from glider_dist.pool.lock import holding
+    from glider_dist.pool.lock import holding, holding_pool
 
     with holding(job.path, "last"):
-        assert "is being written by another job" in job.refused()
+        assert "expert 'last'" in (said := job.refused())
+        assert "is being written by another job" in said
+    # Also where other experts train: a new version of any would change what all are trained through.
+    staged = job.path / ".joint" / "experts" / "upper"
+    staged.mkdir(parents=True)
+    with holding_pool(job.path):
+        assert f"pool {job.path} is being written by another job" in job.refused(joint__experts="[copy]")
+    assert staged.exists()
+    assert not (job.path / ".lock").exists()
 
 
 def test_the_multitask_baseline_is_one_expert_that_serves_every_task(job: Job):

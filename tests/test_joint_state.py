@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rank_joint import Case, Half, make_pool, reference, train_part
+from rank_joint import Case, Half, make_pool, reference, train_part, train_past_the_range
 from test_joint_exact import state_errors
 
 from glider_dist.testing import LocalRanks
@@ -70,3 +70,13 @@ def check(local_ranks: Ranks, path: str, world: int, before: Case, other: int, a
     assert {end.steps for end in ends} == {before.steps}
     errors = state_errors([end.state for end in ends], reference(before, path).state)
     assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.parametrize("case", [Case(0, 1, clip=1.0), Case(0, 2), Case(1, 2, clip=1.0), Case(2, 1), Case(3, 2)])
+def test_a_gradient_that_is_not_finite_ends_the_training_and_changes_nothing(
+    local_ranks: Ranks, path: str, case: Case
+):
+    for message, same, step in local_ranks(2).run(train_past_the_range, case, path):
+        assert "the gradient is not finite in step 2; nothing was written" in message
+        assert same
+        assert step == 1

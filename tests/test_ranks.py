@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +48,52 @@ def test_ranks_that_cannot_meet_are_told_in_one_sentence(rank: str, taken: bool,
     (sentence,) = done.stdout.splitlines()
     assert wanted in sentence
     assert port in sentence
+
+
+def test_ranks_wait_longer_for_each_other_than_for_a_tensor() -> None:
+    script = "import sys, time, torch, torch.distributed as dist\n"
+    script += "from glider_dist.parallel.ranks import start_ranks\n"
+    script += "ranks = start_ranks('cpu', 2 / 60)\n"
+    script += "time.sleep(4 * ranks.rank)\n"
+    script += "print(ranks.gather(ranks.rank))\n"
+    script += "time.sleep(4 * ranks.rank)\n"
+    script += "dist.all_reduce(torch.ones(1))"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = str(other.getsockname()[1])
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **job, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    found = [process.communicate(timeout=60) for process in processes]
+    assert [out.strip() for out, _ in found] == ["[0, 1]", "[0, 1]"]
+    assert "imed out" in found[0][1]
+    assert processes[0].returncode != 0
+
+
+def test_a_process_may_open_as_many_files_as_its_hard_limit_allows(tmp_path: Path) -> None:
+    """More locks than the soft limit, and one sentence where the hard one is reached."""
+    (tmp_path / "experts").mkdir()
+    script = "import resource, sys\n"
+    script += "from pathlib import Path\n"
+    script += "from glider_dist.errors import GliderError\n"
+    script += "from glider_dist.parallel.ranks import start_ranks\n"
+    script += "from glider_dist.pool.lock import hold_all\n"
+    script += "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 400))\n"
+    script += "start_ranks('cpu')\n"
+    script += "hold_all(Path(sys.argv[1]), [f'e{i}' for i in range(200)]).close()\n"
+    script += "try:\n    hold_all(Path(sys.argv[1]), [f'e{i}' for i in range(500)])\n"
+    script += "except GliderError as error:\n    print(error)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    (sentence,) = done.stdout.splitlines()
+    assert sentence.endswith("raise the limit of open files (ulimit -n)")
+    assert list((tmp_path / "experts").iterdir()) == []

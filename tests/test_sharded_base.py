@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from rank_checkpoints import here
 
 from glider_dist.job import Job
 from glider_dist.model.base import load_base
+from glider_dist.model.cache import weights_hash
 from glider_dist.pool import Fingerprint
 from glider_dist.settings import read_config
 from glider_dist.testing import LocalRanks, save_tiny_base, tiny_causal, tiny_qwen, tiny_seq2seq
@@ -48,3 +51,29 @@ def test_ranks_load_only_their_shares(kind: str, tmp_path: Path, local_ranks: Ca
         assert torch.allclose(logits_of_rank, logits(plain, seq2seq), rtol=1e-5, atol=1e-5)
         assert fingerprint == found[0][3]
         assert fingerprint.sites
+
+
+def read_hash(base: str, stage: int, node: int) -> tuple[list[str], Fingerprint]:
+    """Folders that this rank read to hash them, and the fingerprint; ``node`` ranks share a node."""
+    read: list[str] = []
+
+    def hashed(folder: Path) -> str | None:
+        read.append(str(folder))
+        return weights_hash(folder)
+
+    ranks = replace(here(), local_rank=here().rank % node, local_world=node)
+    with patch("glider_dist.model.base.weights_hash", hashed):
+        cfg = read_config(None, [f"base={base}", f"zero_stage={stage}", "device=cpu", "dtype=float32"])
+        return read, Job(cfg, "train-experts", ranks).fingerprint
+
+
+@pytest.mark.jobs
+@pytest.mark.parametrize(("stage", "node", "readers"), [(3, 1, [0]), (0, 2, [0]), (0, 1, [0, 1])])
+def test_weights_are_hashed_once_a_node_or_by_the_one_rank_that_reads_them(
+    stage: int, node: int, readers: list[int], tmp_path: Path, local_ranks: Callable[[int], LocalRanks]
+) -> None:
+    save_tiny_base(tmp_path, tiny_causal())
+    found = local_ranks(2).run(read_hash, str(tmp_path), stage, node)
+    assert [rank for rank, (read, _) in enumerate(found) if read] == readers
+    assert all(fingerprint == found[0][1] for _, fingerprint in found)
+    assert found[0][1].weights == weights_hash(tmp_path)

@@ -97,7 +97,7 @@ def _start(ranks: int) -> Costs:
     if mesh is None:
         raise GliderError("bench dispatch needs at least two ranks; add --ranks 2")
     _state["mesh"] = mesh
-    _state["costs"] = measure_costs(mesh, torch.device("cpu"))
+    _state["costs"] = measure_costs(mesh, torch.device("cpu"), torch.float32)
     costs: Costs = _state["costs"]
     return costs
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from glider_dist.lora.bank import SiteBank
-from glider_dist.lora.grouped import grouped_product
+from glider_dist.lora.grouped import grouped_product, is_one_kernel
 from glider_dist.routing.route import Route
 
 # In half precision a CPU takes about 20 µs to start a product, whatever its size. Groups of up to so many rows are
@@ -65,24 +65,25 @@ def plan_rows(route: Route, num_experts: int, rows: int | None = None) -> Plan:
     return Plan(order // top_k, weight_R[order], expert_R, ends_E, counts_E)
 
 
-def for_cpu(plan: Plan, bank: SiteBank, dtype: torch.dtype) -> tuple[Plan, SiteBank]:
-    """The same rows and experts in the form in which a CPU computes them fastest.
+def fitted(plan: Plan, bank: SiteBank, x_Td: torch.Tensor) -> tuple[Plan, SiteBank]:
+    """The same rows and experts in the form in which the device of ``x_Td`` computes them fastest.
 
-    If experts far outnumber the rows, those without rows are left out: a group costs about 1 µs even if it is
-    empty. In half precision small groups are padded to equal size, and the size of larger ones is rounded up so
-    that it recurs: oneDNN compiles a kernel for every new number of rows, which takes longer than the product.
+    If experts far outnumber the rows, those without rows are left out where a group costs something even if it is
+    empty (about 1 µs on a CPU; on a GPU without the one kernel a launch, and a host sync in any case). In half
+    precision on a CPU small groups are padded to equal size, and the size of larger ones is rounded up so that it
+    recurs: oneDNN compiles a kernel for every new number of rows, which takes longer than the product.
     """
-    rows = plan.token.shape[0]
+    rows, dtype = plan.token.shape[0], x_Td.dtype
     if not rows:
         return plan, bank
-    if rows < bank.num_experts // 2:
+    if rows < bank.num_experts // 2 and not is_one_kernel(x_Td.device, dtype):
         active = plan.expert.unique_consecutive()
         bank = bank.select(active)
         ends = torch.searchsorted(plan.expert, active, right=True)
         counts = ends.diff(prepend=ends.new_zeros(1))
         place = torch.searchsorted(active, plan.expert)
         plan = Plan(plan.token, plan.weight, place, ends.to(torch.int32), counts)
-    if dtype in (torch.bfloat16, torch.float16):
+    if x_Td.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         mean = rows // bank.num_experts
         multiple = 64 if mean >= 32 else 16 if mean >= 4 else 4
         plan = pad_groups(plan, multiple, equal=int(plan.counts.max()) <= _BATCHED_ROWS)
@@ -139,8 +140,7 @@ def add_experts(
     Returns:
         ``[T, o]`` in the dtype of ``y_To``.
     """
-    if x_Td.device.type == "cpu":
-        plan, bank = for_cpu(plan, bank, x_Td.dtype)
+    plan, bank = fitted(plan, bank, x_Td)
     at_R = plan.token if tokens is None else tokens[plan.token]
     out_Ro = _row_outputs(x_Td, bank, plan, at_R).to(y_To.dtype)
     return y_To.index_add(0, at_R, out_Ro) if torch.is_grad_enabled() else y_To.index_add_(0, at_R, out_Ro)
@@ -159,8 +159,7 @@ def sum_experts(x_Td: torch.Tensor, bank: SiteBank, route: Route, rows: int | No
     if is_small(x_Td, bank, route.expert_ids.shape[1]):
         return add_all_experts(out_To, x_Td, bank, route, None)
     plan = plan_rows(route, bank.num_experts, rows)
-    if x_Td.device.type == "cpu":
-        plan, bank = for_cpu(plan, bank, x_Td.dtype)
+    plan, bank = fitted(plan, bank, x_Td)
     return out_To.index_add_(0, plan.token, _row_outputs(x_Td, bank, plan, plan.token).to(out_To.dtype))
 
 

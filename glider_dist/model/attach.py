@@ -156,7 +156,7 @@ def _install_part(
     check_replicas(mesh, placement, banks)
     way = "auto" if dispatch == "local" else dispatch
     if costs is None and way == "auto" and not torch.are_deterministic_algorithms_enabled():
-        costs = measure_costs(mesh, device)
+        costs = measure_costs(mesh, device, dtype)
     scales = {site: scale.to(device) for site, scale in part.scales.items()}
     made = Dispatch(mesh, placement, way, scales, device, costs, cache_bytes)
     gates = {site: gate.to(device) for site, gate in part.gates.items()}

@@ -63,19 +63,19 @@ def load_part(
     """
     known = {name: site.shape for name, site in linear_sites(model).items()}
     owned, experts = placement.owned(mesh.expert_rank), pool.experts()
-    own: dict[int, dict[str, tuple[int, float]]] | str
+    message: str | None = None
+    weights: dict[int, dict[str, SiteLora]] = {}
     try:
         weights = {expert: _read(experts[expert], known) for expert in owned}
-        own = {
-            expert: {site: (lora.A.shape[0], lora.scale) for site, lora in loras.items()}
-            for expert, loras in weights.items()
-        }
     except GliderError as error:
-        own = str(error)  # the others would wait
-    everyone = gather_objects("shapes of experts", own)
-    if message := next((told for told in everyone if isinstance(told, str)), None):
+        message = str(error)  # the others would wait
+    if message := next(filter(None, gather_objects("errors of reading", message)), None):
         raise GliderError(message)
-    everyone = [everyone[rank] for rank in mesh.expert_ranks]
+    own = {
+        expert: {site: (lora.A.shape[0], lora.scale) for site, lora in loras.items()}
+        for expert, loras in weights.items()
+    }
+    everyone = gather_objects("shapes of experts", own, mesh.expert_group)
     facts: dict[int, dict[str, tuple[int, float]]] = {
         expert: sites for part in everyone for expert, sites in part.items()
     }

@@ -163,6 +163,12 @@ class Dispatch:
         ids = np.flatnonzero(both[asks.numel() :])
         index = torch.from_numpy(ids).to(self.device)
         found = {}
+        fetched_S = everyone[self.mesh.expert_rank].sum(1)
+        nbytes = sum(
+            int(count) * _expert_bytes(bank) for count, bank in zip(fetched_S, banks.values(), strict=True)
+        )
+        # More would push out itself: copies that are made and thrown away.
+        remember = nbytes <= self.cache.limit
         for part in _parts(banks, everyone.max(1).sum(1).max(), 256 << 20):
             places = [sites.index(site) for site in part]
             pairs: list[Pair | None] = [None] * len(part)
@@ -173,7 +179,7 @@ class Dispatch:
             if everyone[:, places].any():
                 pairs = list(fetch_experts(chosen, plan))
             for place, (site, bank) in enumerate(zip(part, chosen, strict=True)):
-                pair = self.cache.stack(site, ids, bank, plan.ids(place), pairs[place], dtype)
+                pair = self.cache.stack(site, ids, bank, plan.ids(place), pairs[place], dtype, remember)
                 scale = self.scales[site][index]
                 found[site] = SiteBank(*pair, scale, torch.ones_like(index, dtype=torch.bool), (1,) * len(ids))
         if any(bank.A.requires_grad or bank.B.requires_grad for bank in banks.values()):
@@ -256,10 +262,15 @@ def _parts(banks: dict[str, SiteBank], experts: int, limit: int) -> list[list[st
     parts: list[list[str]] = [[]]
     size = 0
     for site, bank in banks.items():
-        own = int(experts) * bank.A.element_size() * bank.A.shape[1] * (bank.A.shape[2] + bank.B.shape[2])
+        own = int(experts) * _expert_bytes(bank)
         if parts[-1] and size + own > limit:
             parts.append([])
             size = 0
         parts[-1].append(site)
         size += own
     return parts
+
+
+def _expert_bytes(bank: SiteBank) -> int:
+    """Of A and B of one expert."""
+    return bank.A.element_size() * bank.A.shape[1] * (bank.A.shape[2] + bank.B.shape[2])

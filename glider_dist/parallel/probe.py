@@ -24,9 +24,16 @@ _WARM_UP, _REPEATS = 3, 15
 _BLOCKS, _EACH = 24, 4  # of exchanges, each way
 
 
-def measure_costs(mesh: Mesh, device: torch.device) -> Costs:
-    """The constants of this machine; the same on all ranks of the expert-parallel group, which all call it."""
-    found = {**_fixed(mesh, device), **_rates(mesh, device)}
+def measure_costs(mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Costs:
+    """The constants of this machine; the same on all ranks of the expert-parallel group, which all call it.
+
+    Args:
+        dtype: in which the experts compute.
+    """
+    if device.type == "cpu":
+        # Half precision is computed in padded groups there, which cost about what these do in fp32.
+        dtype = torch.float32
+    found = {**_fixed(mesh, device), **_rates(mesh, device, dtype)}
     rows = [found]
     if mesh.expert_group is not None:
         rows = gather_objects("costs", found, mesh.expert_group)
@@ -75,7 +82,7 @@ def _compared(suffix: str, blocks: dict[str, list[float]]) -> dict[str, float]:
     return {f"tokens{suffix}": max(usual + more, 0.0), f"weights{suffix}": usual}
 
 
-def _rates(mesh: Mesh, device: torch.device) -> dict[str, float]:
+def _rates(mesh: Mesh, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     found = {}
     group, ranks = mesh.expert_group, mesh.expert_parallel
     if group is not None:
@@ -85,8 +92,8 @@ def _rates(mesh: Mesh, device: torch.device) -> dict[str, float]:
         most = _seconds(lambda: dist.all_to_all_single(torch.empty_like(large), large, group=group), device, 5)
         found["bandwidth"] = large.nbytes / ranks * (ranks - 1) / max(most - least, 1e-6)
     width, rank, groups = 1024, 16, 64
-    x = torch.randn(groups * 8, width, device=device)
-    w = torch.randn(groups, width, rank, device=device)
+    x = torch.randn(groups * 8, width, device=device, dtype=dtype)
+    w = torch.randn(groups, width, rank, device=device, dtype=dtype)
     all_first = torch.full((groups,), groups * 8, dtype=torch.int32, device=device)
     ends = torch.arange(1, groups + 1, dtype=torch.int32, device=device)
     one = _seconds(lambda: grouped_product(x, w, all_first), device)

@@ -5,10 +5,12 @@ Works under the ``deepspeed`` launcher, ``torchrun``, ``srun`` and as a single p
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
 import os
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,10 @@ from glider_dist.parallel.launch import adopt_slurm
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=28)
+"""How long small messages wait: ranks that train on their own end hours apart, and one may fetch or describe for
+all. A process that dies is noticed at once, as its connections close; one that hangs is the launcher's to end."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +129,13 @@ def start_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> Ranks:
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        timeout_minutes: how long a collective may wait before the job is ended.
+        timeout_minutes: how long a collective of tensors may wait before the job is ended.
 
     Raises:
         GliderError: no GPU where one was asked for, fewer GPUs than ranks on this node, or the ranks do not meet.
     """
     rank, world, local_rank, local_world = _environment()
+    _open_many_files()
     cuda = torch.cuda.is_available() and device in ("auto", "cuda")
     if device == "cuda" and not cuda:
         raise GliderError("device=cuda, but torch sees no GPU here; use device=cpu or a CUDA build of torch")
@@ -156,7 +163,7 @@ def start_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> Ranks:
             )
         except dist.DistError as error:
             raise GliderError(_apart(rank, world, str(error))) from None
-        control = dist.new_group(backend="gloo", timeout=timeout) if cuda else dist.group.WORLD
+        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return Ranks(rank, world, local_rank, local_world, target, control)
 
 
@@ -168,6 +175,15 @@ def _apart(rank: int, world: int, reason: str) -> str:
         )
     where, reason = f"{address}:{port}", " ".join(reason.split())[:200]
     return f"rank {rank} of {world} did not meet the others at {where} ({reason}); see whether rank 0 runs there"
+
+
+def _open_many_files() -> None:
+    """Each expert that is written holds a lock, and each rank a connection to every other: together more than the
+    1,024 files that a process may usually open before it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _keep_memory() -> None:

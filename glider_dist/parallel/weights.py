@@ -166,22 +166,31 @@ class ExpertCache:
         return self._held.get(site, self._own_E)
 
     def stack(
-        self, site: str, used: Ids, bank: SiteBank, fetched: Ids, fresh: Pair | None, dtype: torch.dtype
+        self,
+        site: str,
+        used: Ids,
+        bank: SiteBank,
+        fetched: Ids,
+        fresh: Pair | None,
+        dtype: torch.dtype,
+        remember: bool = True,
     ) -> Pair:
-        """A and B of the used experts, in that order, remembering what has just been fetched.
+        """A and B of the used experts, in that order.
 
         Args:
             bank: the rank's own experts.
             fetched: ids of the ``fresh`` ones.
+            remember: keep copies of the fresh ones.
         """
+        new = {} if remember else {expert: place for place, expert in enumerate(fetched.tolist())}
         # Kept for later forwards, which may need gradients even if this one does not.
         with torch.inference_mode(False), torch.no_grad():
-            for place, expert in enumerate(fetched.tolist()):
+            for place, expert in enumerate(fetched.tolist() if remember else ()):
                 assert fresh is not None
                 # Copies: a view would keep the whole message alive.
                 self._entries[site, expert] = (fresh[0][place].clone(), fresh[1][place].clone())
                 self.nbytes += sum(tensor.nbytes for tensor in self._entries[site, expert])
-            if len(fetched):
+            if remember and len(fetched):
                 held = self.held(site).clone()
                 held[torch.from_numpy(fetched).to(held.device)] = True
                 self._held[site] = held
@@ -190,6 +199,9 @@ class ExpertCache:
             if expert in self._slot:
                 slot = self._slot[expert]
                 rows.append((bank.A[slot].to(dtype), bank.B[slot].to(dtype)))
+            elif expert in new:
+                assert fresh is not None
+                rows.append((fresh[0][new[expert]], fresh[1][new[expert]]))
             else:
                 rows.append(self._entries[site, expert])
                 self._entries.move_to_end((site, expert))

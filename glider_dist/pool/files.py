@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from glider_dist.errors import GliderError
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.(?:\w{8}\.tmp|(?P<old>\d+\.old))")
+"""Names that :func:`replacing_folder` gives to what is not finished, or no longer wanted."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -149,12 +152,16 @@ def replacing_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def clear_up(path: Path) -> None:
-    """Undo what a killed :func:`replacing_folder` has left of ``path``; nobody may be writing it now."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.old", left.name) and not path.exists():
+def clear_up(folder: Path, names: Collection[str]) -> None:
+    """Undo what a killed :func:`replacing_folder` has left of some entries; nobody may be writing them now."""
+    for left in list(folder.iterdir()):
+        found = _LEFT.fullmatch(left.name)
+        if found is None or found["name"] not in names:
+            continue
+        path = folder / found["name"]
+        if found["old"] and not path.exists():
             os.rename(left, path)  # killed between its two renames
-        elif re.fullmatch(rf"\.{re.escape(path.name)}\.(\w{{8}}\.tmp|\d+\.old)", left.name):
+        else:
             shutil.rmtree(left)
 
 

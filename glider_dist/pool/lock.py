@@ -29,10 +29,30 @@ def holding(pool: Path, name: str) -> Iterator[None]:
     Raises:
         GliderError: another process holds it; the sentence says which.
     """
-    path = pool / "experts" / f".{check_name(name)}.lock"
-    handle = _locked(path, f"expert {name!r} of pool {pool}")
+    with _holding(*_of_expert(pool, name)):
+        clear_up(pool / "experts", [name])
+        yield
+
+
+@contextmanager
+def holding_pool(pool: Path) -> Iterator[None]:
+    """Hold a pool for a job whose result depends on all of its experts; single ones have their own locks besides.
+
+    Raises:
+        GliderError: another process holds it; the sentence says which.
+    """
+    with _holding(pool / ".lock", f"pool {pool}"):
+        yield
+
+
+def _of_expert(pool: Path, name: str) -> tuple[Path, str]:
+    return pool / "experts" / f".{check_name(name)}.lock", f"expert {name!r} of pool {pool}"
+
+
+@contextmanager
+def _holding(path: Path, what: str) -> Iterator[None]:
+    handle = _locked(path, what)
     try:
-        clear_up(pool / "experts" / name)
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -40,16 +60,26 @@ def holding(pool: Path, name: str) -> Iterator[None]:
 
 
 def hold_all(pool: Path, names: Sequence[str]) -> ExitStack:
-    """Hold the locks of several experts until the returned stack is closed; all of them or none."""
+    """Hold the locks of several experts until the returned stack is closed; all of them or none.
+
+    Raises:
+        GliderError: as :func:`holding`, or more than this process may open.
+    """
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(holding(pool, name))
+            stack.enter_context(_holding(*_of_expert(pool, name)))
+        if names:
+            clear_up(pool / "experts", set(names))
         return stack.pop_all()
 
 
 def _locked(path: Path, what: str) -> int:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            advice = "; raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
+            raise GliderError(f"{what} cannot be locked: {path}: {error.strerror}{advice}") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -181,13 +181,19 @@ class ExpertEngine:
             rates: learning rates by kind, ``experts`` and ``gates``.
 
         Returns:
-            The gradient's norm over all experts and gates, before clipping.
+            The gradient's norm over all experts and gates, before clipping; if it is not finite, nothing was
+            updated.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rates[group["kind"]]
-        norm = self._plain_norm() if self.zero_stage == 0 else None
+        if self.zero_stage == 0:
+            norm = self._plain_norm()
+            if math.isfinite(norm):
+                self.engine.step()
+            return norm
+        # It skips the update by itself there.
         self.engine.step()
-        return norm if norm is not None else float(self.engine.get_global_grad_norm())
+        return float(self.engine.get_global_grad_norm())
 
     def _plain_norm(self) -> float:
         """ZeRO 0 computes none: gates are alike on all ranks, experts differ within an expert-parallel group."""

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -27,7 +27,7 @@ from glider_dist.model.recompute import recomputed
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.calibration import CALIBRATION_FILE
 from glider_dist.pool.files import read_json, write_json
-from glider_dist.pool.lock import hold_all
+from glider_dist.pool.lock import hold_all, holding_pool
 from glider_dist.routing.strategies import check_router, needs_scores
 from glider_dist.semantics import describe, index
 from glider_dist.semantics.global_router import global_router
@@ -37,7 +37,7 @@ from glider_dist.training.batches import packing_for
 from glider_dist.training.deepspeed_moe import ExpertEngine
 from glider_dist.training.experts import train_experts, train_gates
 from glider_dist.training.joint_batches import Row, Union
-from glider_dist.training.joint_config import check_joint, deepspeed_config, recipes_of
+from glider_dist.training.joint_config import check_joint, deepspeed_config, of_the_weights, recipes_of
 from glider_dist.training.joint_keep import JointKeeper, forget
 from glider_dist.training.joint_loop import JointLoop, Scope, Step
 from glider_dist.training.joint_params import Trained
@@ -76,13 +76,28 @@ def run(job: Job) -> None:
     if job.cfg.joint.prepare:
         for stage in (train_experts, train_gates, describe.run, index.run, calibrate.run):
             stage(job)
+    with job.ranks.together(lambda: _hold_pool(job)):
+        changed = _run(job)
+    if changed:
+        _calibrate(job, job.open_pool(check_base=False))
+
+
+def _hold_pool(job: Job) -> ExitStack:
+    stack = ExitStack()
+    if job.ranks.is_main:
+        stack.enter_context(holding_pool(job.open_pool(check_base=False).path))
+    return stack
+
+
+def _run(job: Job) -> bool:
+    """Returns whether the pool's experts are those of this training, so that its calibration may be of others."""
     job.ranks.on_main(lambda: _finish_earlier(job.open_pool(check_base=False)))
     pool = job.open_pool(check_base=False)
     key, record = training_key(job), job.run_dir / RECORD
     if record.exists() and read_json(record) == {"key": key, "pool": versions_digest(pool)}:
         if job.ranks.is_main:
             log.info("this training was done already, and the pool is as it left it")
-        return _calibrate(job, pool)
+        return True
     # No rank may change the pool before all have seen what is in it.
     job.ranks.barrier()
     pool.check_base(job.fingerprint)
@@ -102,8 +117,7 @@ def run(job: Job) -> None:
             if job.ranks.is_main:
                 log.warning("no step was better than the pool is, which stays as it was; try lower learning rates")
         job.ranks.on_main(lambda: forget(job))
-    if result is not None:
-        _calibrate(job, pool)
+    return result is not None
 
 
 def _calibrate(job: Job, pool: ExpertPool) -> None:
@@ -236,8 +250,8 @@ def _facts(job: Job, recipes: dict[str, Recipe]) -> Facts:
     }
     for kind, recipe in recipes.items():
         facts |= {f"{key} of the recipe of {kind}": str(value) for key, value in asdict(recipe).items()}
-    for group, settings in (("joint", cfg.joint), ("router", cfg.router)):
-        facts |= {f"{group}.{key}": str(value) for key, value in asdict(settings).items()}
+    for group, settings in (("joint", of_the_weights(cfg.joint)), ("router", asdict(cfg.router))):
+        facts |= {f"{group}.{key}": str(value) for key, value in settings.items()}
     facts["tasks.max_length"] = str(cfg.tasks.max_length)
     if not cfg.joint.multitask:
         pool = job.open_pool(check_base=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.pool.files import read_json
 from glider_dist.training.adamw import BETAS, EPS
+from glider_dist.training.joint_settings import JointConfig
 from glider_dist.training.trainee import Recipe
 
 _MOST_IN_A_BUCKET = 50_000_000
@@ -106,6 +107,13 @@ def recipes_of(cfg: Config) -> dict[str, Recipe]:
         batch_size=joint.batch_size or cfg.train.batch_size,
     )
     return {kind: replace(base, learning_rate=rate) for kind, rate in rates.items()}
+
+
+def of_the_weights(joint: JointConfig) -> dict[str, Any]:
+    """The settings of ``joint`` that trained weights depend on, apart from rounding."""
+    return {
+        key: value for key, value in asdict(joint).items() if key not in ("deepspeed", "prepare", "recalibrate")
+    }
 
 
 def _filled(given: dict[str, Any], made: dict[str, Any], path: str, prefix: str) -> dict[str, Any]:

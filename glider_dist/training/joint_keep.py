@@ -22,7 +22,7 @@ from glider_dist.job import Job
 from glider_dist.pool.files import remove_folder
 from glider_dist.training.background import Background
 from glider_dist.training.checkpoint import Damaged
-from glider_dist.training.deepspeed_moe import ExpertEngine
+from glider_dist.training.deepspeed_moe import MOMENTS, ExpertEngine
 from glider_dist.training.joint_loop import JointLoop, Progress
 from glider_dist.training.joint_params import Trained
 from glider_dist.training.joint_state import Tensors, gather_state, load_state
@@ -59,7 +59,7 @@ class JointKeeper:
         Raises:
             GliderError: on all ranks, if what the training depends on has changed.
         """
-        step = self.job.ranks.together(self._newest)
+        step = self._newest()
         if not step:
             return None
         shared = self.shared.read(_JOB, step)
@@ -68,7 +68,7 @@ class JointKeeper:
         kept = {name: self.experts.read(name, step).tensors for name in own}
         # Of the others' experts every rank needs the gates; their owners have checked the files.
         rest = [self.trained.names[expert] for expert in self.trained.chosen]
-        kept |= {name: self.experts.some(name, step, _is_gate) for name in rest if name not in own}
+        kept |= {name: self.experts.some(name, step, is_gate) for name in rest if name not in own}
         load_state(self.engine, self.trained, kept.__getitem__)
         self.engine.steps = int(shared.record["updates"])
         progress = dict(shared.record["progress"])
@@ -83,9 +83,19 @@ class JointKeeper:
 
     def _newest(self) -> int:
         """The same on all ranks: each looks at the files of its own experts."""
+        found = self.job.ranks.gather(self.job.ranks.together(self._good))
+        common = set.intersection(*(steps for steps, _ in found))
+        for problem in sorted({text for _, problems in found for text in problems}):
+            older = f"step {max(common)} is used" if common else "the training starts anew"
+            if self.job.ranks.is_main:
+                log.warning("%s; %s", problem, older)
+        return max(common, default=0)
+
+    def _good(self) -> tuple[set[int], list[str]]:
+        """The steps of which this rank's files are good, and what is wrong with others, a sentence each."""
         names = [self.trained.names[expert] for expert in self.trained.own]
         good = set(self.shared.steps(_JOB))
-        problems = []
+        problems: list[str] = []
         for files, name in [(self.shared, _JOB), *((self.experts, name) for name in names)]:
             for step in sorted(good):
                 try:
@@ -96,13 +106,7 @@ class JointKeeper:
                 except Damaged as error:
                     good.discard(step)
                     problems.append(str(error))
-        found = self.job.ranks.gather((good, problems))
-        common = set.intersection(*(part[0] for part in found))
-        for problem in sorted({text for part in found for text in part[1]}):
-            older = f"step {max(common)} is used" if common else "the training starts anew"
-            if self.job.ranks.is_main:
-                log.warning("%s; %s", problem, older)
-        return max(common, default=0)
+        return good, problems
 
     def _check(self, step: int, before: Facts) -> None:
         if said := what_changed("joint training", step, before, self.facts, self.shared.folder):
@@ -165,8 +169,11 @@ def forget(job: Job) -> None:
         remove_folder(folder)
 
 
-def _is_gate(key: str) -> bool:
-    return not key.startswith(_BEST) and ".gate" in key
+def is_gate(key: str) -> bool:
+    """Of a gate or its moments; the site's own name may have a gate in it as well (``mlp.gate_proj``)."""
+    for moment in MOMENTS:
+        key = key.removesuffix(f".{moment}")
+    return key.endswith(".gate") and not key.startswith(_BEST)
 
 
 def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> Tensors:

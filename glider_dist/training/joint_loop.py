@@ -148,12 +148,9 @@ class JointLoop:
         dist.all_reduce(sums)
         total, router_loss = sums.tolist()
         rates = {kind: recipe.update(number).learning_rate for kind, recipe in self.recipes.items()}
-        if not math.isfinite(total + router_loss):
-            raise GliderError(
-                f"the loss is not finite in step {number}; nothing was written: lower train.learning_rate and "
-                "train.gate_learning_rate"
-            )
+        _check_finite("loss", total + router_loss, number)
         norm = self.engine.step(rates)
+        _check_finite("gradient", norm, number)
         self._note_loads()
         self.progress.step = number
         self.progress.tokens += tokens
@@ -197,3 +194,11 @@ class JointLoop:
             dist.all_reduce(everyone)
             counts = dict(zip(counts, everyone.unbind(), strict=True))
         self.extras.loads = shares_of(counts)
+
+
+def _check_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise GliderError(
+            f"the {what} is not finite in step {step}; nothing was written: lower train.learning_rate and "
+            "train.gate_learning_rate"
+        )

@@ -25,6 +25,7 @@ from glider_dist.pool import Expert, ExpertPool
 from glider_dist.pool.adapter import GATE_FILE, WEIGHTS_FILE, inspect_adapter
 from glider_dist.pool.adapter_config import CONFIG_FILE
 from glider_dist.pool.files import clear_up, read_json, sync_folder, write_json, write_tensors
+from glider_dist.training.joint_config import of_the_weights, recipes_of
 
 STAGING = ".joint"
 _COMPLETE = "complete.json"
@@ -95,7 +96,7 @@ def move_into_place(pool: ExpertPool) -> bool:
                 os.rename(current, experts / f".{name}.{os.getpid()}.old")
             os.rename(new, current)
             sync_folder(experts)
-        clear_up(current)
+        clear_up(experts, [name])
     shutil.rmtree(staging, ignore_errors=True)
     pool.__dict__.pop("names", None)
     return there
@@ -113,8 +114,9 @@ def training_key(job: Job) -> str:
     cfg = job.cfg
     state = {
         "data": [queries_digest(job.tasks.held_in, part, 1 << 60) for part in ("train", "validation")],
-        "joint": asdict(cfg.joint),
-        "train": asdict(cfg.train),
+        "joint": of_the_weights(cfg.joint),
+        "recipes": {kind: asdict(recipe) for kind, recipe in recipes_of(cfg).items()},
+        "eval_examples": cfg.train.eval_examples,
         "router": asdict(cfg.router),
         "seed": cfg.seed,
         "max_length": cfg.tasks.max_length,
