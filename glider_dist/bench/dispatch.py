@@ -1,13 +1,14 @@
 """``glider-dist bench dispatch --ranks N``: one exchange, forward and backward, by each strategy, on gloo.
 
 Per cell (tokens per rank, experts, workload) these take turns: the fixed strategies and ``auto``, each twice (the
-noise), and a plain exchange of one row per (token, expert). A round counts with its slowest rank. One site of
-width 576, LoRA rank 16, k = 2, fp32, experts trainable. All results are first compared.
+noise), a plain exchange of one row per (token, expert), and the floor of ``gather``. A round counts with its
+slowest rank. One site of width 576, LoRA rank 16, k = 2, fp32, experts trainable. All results are first compared.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from glider_dist.bench.floor import gather_floor
 from glider_dist.bench.plain import deepspeed_moe, plain_all_to_all
 from glider_dist.bench.timing import interleave, save, table
 from glider_dist.errors import GliderError
@@ -81,14 +83,18 @@ def summary(rows: list[dict[str, Any]]) -> str:
     steady = [row for row in rows if row["noise"] <= 1.1]
     ratios = sorted(row["auto / best"] for row in steady)
     within = sum(ratio <= 1.1 for ratio in ratios)
-    dense = [row["plain / auto"] for row in rows if row["rows per fetched expert"] >= 4 * RANK]
+    dense = [row for row in rows if row["rows per fetched expert"] >= 4 * RANK]
     lines = [f"{len(steady)} of {len(rows)} cells repeat within 10 %."]
     if ratios:
         lines.append(f"auto is within 1.1 of the faster strategy on {within} of them; at worst {ratios[-1]:.2f}.")
-    if dense:
-        lines.append(
-            f"With 4 r or more rows per fetched expert, plain / auto is {min(dense):.2f} to {max(dense):.2f}."
-        )
+    for tokens in TOKENS:
+        here = [row for row in dense if row["tokens"] == tokens]
+        if here:
+            ranges = [
+                f"{key} is {min(row[key] for row in here):.2f} to {max(row[key] for row in here):.2f}"
+                for key in ("plain / auto", "plain / floor")
+            ]
+            lines.append(f"{tokens} tokens, {4 * RANK} or more rows per fetched expert: {ranges[0]}, {ranges[1]}.")
     return "\n".join(lines)
 
 
@@ -162,7 +168,8 @@ def measure(cell: Cell) -> dict[str, Any]:
         if not error < 1e-4:
             raise GliderError(f"{cell}: {way} differs from all_to_all by {error:.1e}; this is a bug")
     names = ["all_to_all", "gather", "auto", *(["plain"] if even else []), "all_to_all ", "gather ", "auto "]
-    variants = {name: partial(step, name.strip()) for name in names}
+    variants: dict[str, Callable[[], Any]] = {name: partial(step, name.strip()) for name in names}
+    variants["floor"] = gather_floor(x, route, RANK, mesh, placement)
     seconds = interleave(variants, ROUNDS[cell.tokens], lambda: dist.barrier(group=mesh.expert_group))
     chosen = max(ways["auto"].chosen, key=lambda way: ways["auto"].chosen[way])
     experts = route.expert_ids.unique()
@@ -175,7 +182,7 @@ def _row(cell: Cell, ranks: list[dict[str, Any]]) -> dict[str, Any]:
             max(values) for values in zip(*(one["seconds"][name] for one in ranks), strict=True)
         )
 
-    tokens, weights, auto = time("all_to_all"), time("gather"), time("auto")
+    tokens, weights, auto, floor = time("all_to_all"), time("gather"), time("auto"), time("floor")
     again = [(tokens, time("all_to_all ")), (weights, time("gather ")), (auto, time("auto "))]
     fixed = [min(pair) for pair in again[:2]]
     return {
@@ -190,6 +197,8 @@ def _row(cell: Cell, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "auto / best": min(again[2]) / min(fixed),
         "noise": max(max(pair) / min(pair) for pair in again),
         "plain / auto": time("plain") / auto if "plain" in ranks[0]["seconds"] else float("nan"),
+        "gather / floor": weights / floor,
+        "plain / floor": time("plain") / floor if "plain" in ranks[0]["seconds"] else float("nan"),
         "all_to_all KiB": max(one["sent"]["all_to_all"] for one in ranks) / 1024,
         "gather KiB": max(one["sent"]["gather"] for one in ranks) / 1024,
     }

@@ -115,7 +115,7 @@ def pad_groups(plan: Plan, multiple: int, equal: bool = False) -> Plan:
     )
 
 
-def _row_outputs(x_Td: torch.Tensor, bank: SiteBank, plan: Plan, at_R: torch.Tensor) -> torch.Tensor:
+def row_outputs(x_Td: torch.Tensor, bank: SiteBank, plan: Plan, at_R: torch.Tensor) -> torch.Tensor:
     """``w s B A x`` of each planned row; ``[R, o]``."""
     x_Rd = x_Td.index_select(0, at_R)
     h_Rr = grouped_product(x_Rd, bank.A.to(x_Rd.dtype).transpose(1, 2), plan.ends, plan.equal)
@@ -142,7 +142,7 @@ def add_experts(
     """
     plan, bank = fitted(plan, bank, x_Td)
     at_R = plan.token if tokens is None else tokens[plan.token]
-    out_Ro = _row_outputs(x_Td, bank, plan, at_R).to(y_To.dtype)
+    out_Ro = row_outputs(x_Td, bank, plan, at_R).to(y_To.dtype)
     return y_To.index_add(0, at_R, out_Ro) if torch.is_grad_enabled() else y_To.index_add_(0, at_R, out_Ro)
 
 
@@ -160,7 +160,7 @@ def sum_experts(x_Td: torch.Tensor, bank: SiteBank, route: Route, rows: int | No
         return add_all_experts(out_To, x_Td, bank, route, None)
     plan = plan_rows(route, bank.num_experts, rows)
     plan, bank = fitted(plan, bank, x_Td)
-    return out_To.index_add_(0, plan.token, _row_outputs(x_Td, bank, plan, plan.token).to(out_To.dtype))
+    return out_To.index_add_(0, plan.token, row_outputs(x_Td, bank, plan, plan.token).to(out_To.dtype))
 
 
 def is_small(x_Td: torch.Tensor, bank: SiteBank, places: int) -> bool:
