@@ -53,6 +53,7 @@ class RemoteEmbedder:
         token: bearer token, or None.
         fallback: what computes instead once the endpoint has stayed away for ``settings.timeout`` seconds; None
             raises then.
+        own: the endpoint is the job's own service, which no proxy leads to.
 
     Raises:
         GliderError: the address is no http(s) URL or holds a user name or password.
@@ -65,6 +66,7 @@ class RemoteEmbedder:
         settings: ServiceConfig,
         token: str | None = None,
         fallback: Callable[[], Embedder] | None = None,
+        own: bool = False,
     ):
         keep_addresses_out_of_logs()
         self.name = name
@@ -76,8 +78,8 @@ class RemoteEmbedder:
             headers=headers,
             timeout=httpx.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=_AT_ONCE, keepalive_expiry=30.0),
-            # A proxy of the environment has no way to this machine's loopback.
-            trust_env=not is_loopback(urlsplit(base).hostname or ""),
+            # A proxy of the environment has no way to this machine's loopback, and no business with a job's token.
+            trust_env=not (own or is_loopback(urlsplit(base).hostname or "")),
         )
         self._make_fallback = fallback
         self._fallback: Embedder | None = None

@@ -1,4 +1,4 @@
-"""Endpoints that take fewer texts at once than a request has."""
+"""Endpoints that take fewer texts at once than a request has, and endpoints behind a proxy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glider_dist.errors import GliderError
-from glider_dist.semantics.client import RemoteEmbedder
+from glider_dist.semantics.client import RemoteEmbedder, Unreachable
 from glider_dist.semantics.settings import ServiceConfig
 
 TEXTS = [f"text {i}" for i in range(300)]
@@ -103,3 +103,22 @@ def test_other_refusals_are_not_repeated_with_fewer_texts(endpoint: Endpoint):
     with pytest.raises(GliderError, match="status 400, batch size 5"):
         remote(endpoint).embed(TEXTS[:5])
     assert endpoint.sizes == [5]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_environments_proxy_leads_to_given_endpoints_but_never_to_the_jobs_own(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, own: bool
+):
+    for name in ("no_proxy", "NO_PROXY", "http_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", endpoint.url)
+    # No such name exists, so that only the proxy can answer.
+    settings = ServiceConfig(timeout=0.1)
+    embedder = RemoteEmbedder("some-model", "http://embeddings.invalid", settings, "token", own=own)
+    if own:
+        with pytest.raises(Unreachable):
+            embedder.embed(["text 1"])
+        assert endpoint.sizes == []
+    else:
+        assert embedder.embed(["text 1"]).shape == (1, 2)
+        assert endpoint.sizes == [1]
