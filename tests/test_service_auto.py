@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_jobs import environment, finish, launch, program, settings, start, write_tasks
+from small_jobs import environment, finish, free_port, launch, program, settings, start, write_tasks
 
 from glider_dist.pool import ExpertPool
 from glider_dist.semantics.index import read_index
@@ -45,6 +45,28 @@ if how == "fork":
     # A forked worker holds the job's end of the pipe and outlives it.
     if os.fork() == 0: os.close(1); os.close(2); time.sleep(20); os._exit(0)
 time.sleep(100)
+"""
+
+# A rank of two that embeds with the job's own service and prints the address it has of it.
+_RANK = """
+import os, socket, sys
+# Two hosts on one machine.
+if sys.argv[2] == "two": socket.gethostname = lambda: "host-" + os.environ["RANK"]
+import psutil
+from glider_dist.config import Config
+from glider_dist.parallel.ranks import start_ranks
+from glider_dist.semantics.source import EmbedderSource
+cfg = Config()
+cfg.service.url, cfg.service.host, cfg.service.cache, cfg.service.fallback = "auto", sys.argv[1], "off", False
+ranks = start_ranks("cpu")
+source = EmbedderSource(cfg, ranks)
+assert source.embed(["hello", "world"]).shape == (2, 384)
+if ranks.is_main:
+    sockets = psutil.Process(source._own.pid).net_connections()
+    assert [each.laddr.ip for each in sockets if each.status == "LISTEN"] == [sys.argv[1]]
+print(source._remote._http.base_url.host)
+ranks.gather(None)
+source.close()
 """
 
 
@@ -110,6 +132,21 @@ def test_a_service_that_dies_is_started_again_at_the_same_address(tmp_path: Path
     assert done.code == 0, done.err
     assert "started again" in done.err
     assert gone(int(done.out))
+
+
+@pytest.mark.parametrize(
+    ("host", "hosts", "reached_at"), [("0.0.0.0", "two", "127.1"), ("0.0.0.0", "one", "127.0.0.1")]
+)
+def test_ranks_reach_a_service_that_listens_everywhere_where_they_met(
+    tmp_path: Path, host: str, hosts: str, reached_at: str
+):
+    # 127.1 is an address of this machine that is not recognised as loopback. The proxy does not exist.
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.1"}
+    job.update({"MASTER_PORT": str(free_port()), "HTTP_PROXY": f"http://127.0.0.1:{free_port()}", "NO_PROXY": ""})
+    ranks = [start([sys.executable, "-c", _RANK, host, hosts], tmp_path, RANK=str(i), **job) for i in range(2)]
+    for done in [finish(rank) for rank in ranks]:
+        assert done.code == 0, done.err
+        assert done.out.split() == [reached_at]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
-from glider_dist.semantics.service.access import PARENT, TOKEN
+from glider_dist.semantics.service.access import PARENT, TOKEN, in_url
 
 log = logging.getLogger(__name__)
 
@@ -47,19 +47,20 @@ class OwnService:
     """A service process and the thread that watches it.
 
     Args:
-        host: address to listen on; ranks of other nodes must reach it.
+        host: address to listen on.
+        reached_at: where all ranks reach it, those of other nodes, too; None: ``host``.
 
     Raises:
         GliderError: the process ended before it had an address.
     """
 
-    def __init__(self, cfg: Config, host: str):
+    def __init__(self, cfg: Config, host: str, reached_at: str | None = None):
         self._cfg = cfg
         self._host = host
         self._token = secrets.token_urlsafe(32)
         self._stopping = threading.Event()
         self._process, url = self._start(0)
-        self.access = Access(url, self._token)
+        self.access = Access(f"http://{in_url(reached_at or host)}:{urlsplit(url).port}", self._token)
         atexit.register(self.stop)
         threading.Thread(target=self._watch, name="embedding service", daemon=True).start()
 

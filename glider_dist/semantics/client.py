@@ -31,10 +31,17 @@ _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
+_TOO_LARGE = (413, 422)  # what Text Embeddings Inference answers to more than 32 texts, unless told otherwise
 
 
 class Unreachable(GliderError):
     """The endpoint did not answer in time, however often it was asked."""
+
+
+class _Refused(GliderError):
+    def __init__(self, status: int, message: str):
+        super().__init__(f"the embedding endpoint refuses: status {status}, {message}")
+        self.status = status
 
 
 class RemoteEmbedder:
@@ -46,6 +53,7 @@ class RemoteEmbedder:
         token: bearer token, or None.
         fallback: what computes instead once the endpoint has stayed away for ``settings.timeout`` seconds; None
             raises then.
+        own: the endpoint is the job's own service, which no proxy leads to.
 
     Raises:
         GliderError: the address is no http(s) URL or holds a user name or password.
@@ -58,6 +66,7 @@ class RemoteEmbedder:
         settings: ServiceConfig,
         token: str | None = None,
         fallback: Callable[[], Embedder] | None = None,
+        own: bool = False,
     ):
         keep_addresses_out_of_logs()
         self.name = name
@@ -69,11 +78,12 @@ class RemoteEmbedder:
             headers=headers,
             timeout=httpx.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=_AT_ONCE, keepalive_expiry=30.0),
-            # A proxy of the environment has no way to this machine's loopback.
-            trust_env=not is_loopback(urlsplit(base).hostname or ""),
+            # A proxy of the environment has no way to this machine's loopback, and no business with a job's token.
+            trust_env=not (own or is_loopback(urlsplit(base).hostname or "")),
         )
         self._make_fallback = fallback
         self._fallback: Embedder | None = None
+        self._request_texts = settings.request_texts
         self._recent = Recent(REMEMBERED)
         self._lock = threading.Lock()
         self._model: str | None = None
@@ -148,12 +158,26 @@ class RemoteEmbedder:
 
     def _ask_all(self, texts: list[str]) -> torch.Tensor:
         self._identify()
-        size = self.settings.request_texts
+        size = self._request_texts
         parts = [texts[start : start + size] for start in range(0, len(texts), size)]
         if len(parts) == 1:
-            return self._ask_vectors(parts[0])
+            return self._ask_part(parts[0])
         with ThreadPoolExecutor(min(len(parts), _AT_ONCE), "embed") as threads:
-            return torch.cat(list(threads.map(self._ask_vectors, parts)))
+            return torch.cat(list(threads.map(self._ask_part, parts)))
+
+    def _ask_part(self, texts: list[str]) -> torch.Tensor:
+        """Ask for the texts, in several requests if the endpoint does not take so many at once."""
+        size = self._request_texts
+        if len(texts) > size:
+            return torch.cat([self._ask_part(texts[start : start + size]) for start in range(0, len(texts), size)])
+        try:
+            return self._ask_vectors(texts)
+        except _Refused as error:
+            if error.status not in _TOO_LARGE or len(texts) == 1:
+                raise
+            log.info("%s; asked again with half of %d texts", error, len(texts))
+        self._request_texts = min(self._request_texts, (len(texts) + 1) // 2)
+        return self._ask_part(texts)
 
     def _ask_vectors(self, texts: list[str]) -> torch.Tensor:
         body = {"model": self._model, "input": texts, "encoding_format": "base64"}
@@ -192,7 +216,7 @@ class RemoteEmbedder:
                 if response.status_code not in _RETRIED:
                     if method == "GET" and response.status_code in (404, 405, 501):
                         return {}
-                    raise GliderError(f"the embedding endpoint refuses: {reason}, {_message(response)}")
+                    raise _Refused(response.status_code, _message(response))
                 with contextlib.suppress(ValueError):
                     pause = max(pause, min(float(response.headers.get("retry-after", "")), 30.0))
             time.sleep(pause)
@@ -238,6 +262,12 @@ def _json(response: httpx.Response) -> dict[str, Any]:
 
 def _message(response: httpx.Response) -> str:
     try:
-        return str(response.json()["error"]["message"])[:200]
-    except (ValueError, KeyError, TypeError):
-        return response.text[:200].strip() or "without a reason"
+        error = response.json()
+    except ValueError:
+        error = None
+    # OpenAI: {"error": {"message": ...}}; Text Embeddings Inference: {"error": ...} or {"message": ...}.
+    for name in ("error", "message"):
+        if isinstance(error, dict):
+            error = error.get(name, error)
+    text = error if isinstance(error, str) else response.text
+    return text[:200].strip() or "without a reason"

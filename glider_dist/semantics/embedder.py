@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -97,7 +98,8 @@ class Embedder:
         return text[: int(self.load().max_seq_length or 512) * _CHARACTERS_PER_TOKEN]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the weights, the vocabulary, the window and the kinds of layers."""
+        """SHA-256 over the weights, the vocabulary, the window, the kinds of layers with their settings (pooling,
+        say), and the prompts."""
         if self._fingerprint is None:
             model = self.load()
             digest = hashlib.sha256()
@@ -105,6 +107,7 @@ class Embedder:
             vocabulary: dict[str, int] = getattr(_tokenizer(model), "get_vocab", dict)()
             for part in (kinds, model.max_seq_length, model.default_prompt_name, sorted(vocabulary.items())):
                 digest.update(repr(part).encode())
+            digest.update(_settings_of(model).encode())
             for key, tensor in sorted(model.state_dict().items()):
                 flat = tensor.detach().cpu().contiguous().flatten()
                 digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -134,6 +137,15 @@ class Embedder:
                 ) from None
             self._model = model.requires_grad_(False)
         return self._model
+
+
+def _settings_of(model: Any) -> str:
+    """JSON of what is no tensor and yet changes embeddings, the same in every process and folder."""
+    modules = [module.get_config_dict() for module in model.modules() if hasattr(module, "get_config_dict")]
+    # Versions of sentence-transformers add empty ones.
+    prompts = {name: text for name, text in getattr(model, "prompts", {}).items() if text}
+    # The repr of an object may hold its address.
+    return json.dumps([modules, prompts], sort_keys=True, default=lambda value: type(value).__name__)
 
 
 def _tokenizer(model: Any) -> Any:

@@ -27,7 +27,7 @@ class ServiceConfig:
     )
     timeout: float = positive(60.0, "seconds to keep trying when the endpoint does not answer")
     fallback: bool = setting(True, "then load the embedder in this process, and say so once; false: stop")
-    request_texts: int = positive(128, "texts per request to the endpoint")
+    request_texts: int = positive(128, "texts per request to the endpoint; fewer where it refuses so many")
     query_prefix: str | None = setting(
         None, "put before each query, as E5 models need ('query: ', in quotes); stored with the index"
     )

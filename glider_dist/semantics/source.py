@@ -12,7 +12,7 @@ from glider_dist.errors import GliderError
 from glider_dist.semantics.auto import Access, OwnService
 from glider_dist.semantics.client import RemoteEmbedder
 from glider_dist.semantics.embedder import Embedder, TextEmbedder
-from glider_dist.semantics.service.access import URL, is_loopback, read_token
+from glider_dist.semantics.service.access import URL, is_loopback, is_unspecified, read_token
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,11 +38,12 @@ class EmbedderSource:
             self._embedder = Embedder(cfg.embedder)
             return
         token = read_token(cfg.service)
-        if url == "auto":
+        own = url == "auto"
+        if own:
             access = self._start(cfg, ranks)
             url, token = access.url, access.token
         fallback = (lambda: Embedder(cfg.embedder)) if cfg.service.fallback else None
-        self._remote = RemoteEmbedder(cfg.embedder, url, cfg.service, token, fallback)
+        self._remote = RemoteEmbedder(cfg.embedder, url, cfg.service, token, fallback, own)
         self._embedder = self._remote
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
@@ -55,12 +56,19 @@ class EmbedderSource:
     def _start(self, cfg: Config, ranks: Ranks) -> Access:
         hosts = set(ranks.gather(socket.gethostname()))
         host = cfg.service.host
-        if len(hosts) > 1 and is_loopback(host):
+        reached_at = None
+        if len(hosts) > 1:
             # Rank 0 is where MASTER_ADDR points, and all ranks have reached it there.
-            host = os.environ.get("MASTER_ADDR", host)
+            master = os.environ.get("MASTER_ADDR", host)
+            if is_loopback(host):
+                host = master
+            elif is_unspecified(host):
+                reached_at = master
+        elif is_unspecified(host):
+            reached_at = "127.0.0.1"
 
         def start() -> None:
-            self._own = OwnService(cfg, host)
+            self._own = OwnService(cfg, host, reached_at)
 
         ranks.on_main(start)
         access = ranks.gather(self._own.access if self._own is not None else None)[0]

@@ -41,6 +41,18 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def is_unspecified(host: str) -> bool:
+    """Whether it stands for all addresses of this machine (0.0.0.0, ::), which leads others to themselves."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 def keep_addresses_out_of_logs() -> None:
     """HTTP clients note every request's address at INFO, and a run's log takes INFO from all."""
     for name in ("httpx", "httpx2", "openai"):

@@ -25,7 +25,7 @@ from glider_dist.errors import GliderError
 from glider_dist.model.cache import cache_dir
 from glider_dist.semantics.cache_file import CacheFile
 from glider_dist.semantics.embedder import Embedder, batch_tokens
-from glider_dist.semantics.service.access import PARENT, TOKEN, is_loopback, read_token
+from glider_dist.semantics.service.access import PARENT, TOKEN, in_url, is_loopback, read_token
 from glider_dist.semantics.settings import ServiceConfig
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def run(cfg: Config) -> int:
         # A scheduler sends them to the whole job; what they mean, the ranks know.
         signal.signal(number, signal.SIG_IGN)
     with _listen(settings.host, settings.port) as listener:
-        address = f"http://{_in_url(settings.host)}:{listener.getsockname()[1]}"
+        address = f"http://{in_url(settings.host)}:{listener.getsockname()[1]}"
         if parent := os.environ.get(PARENT):
             threading.Thread(target=_end_with, args=(int(parent), server), daemon=True).start()
             print(address, flush=True)
@@ -174,10 +174,6 @@ def _listen(host: str, port: int) -> socket.socket:
         return listener
     except OSError as error:
         raise GliderError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _end_with(parent: int, server: Any) -> None:
