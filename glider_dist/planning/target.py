@@ -96,6 +96,12 @@ class Target:
             return {"base": quantised_bytes(model, bits) if bits else self.frozen.nbytes}
         return {"base": shard_bytes(model, self.world), "base, gathered": gathered_bytes(model)}
 
+    def loading_bytes(self) -> dict[str, int]:
+        """What the base takes on the host at most, for as long as it loads: under ZeRO 3 rank 0 reads all of its
+        files for everyone. They are taken to have the dtype in which it computes; pages of mapped ones may be
+        dropped meanwhile."""
+        return {"base while it loads, rank 0": self.frozen.nbytes} if self.sharded else {}
+
     def index_bytes(self) -> int:
         """What the global router's index takes on the host: an fp32 vector per description."""
         cfg = self.cfg
