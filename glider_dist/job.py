@@ -88,15 +88,17 @@ class Job:
         return attach_pool(self.frozen.model, pool, router, mesh, self.cfg.dispatch, dtype, placement)
 
     def _placement(self, pool: ExpertPool, ranks: int) -> Placement:
-        """As stored in the run directory, else made as configured and stored there."""
-        path = self.run_dir / "placement.json"
+        """As stored in the run directory if it was made as configured, else made so and stored there."""
+        path, mesh = self.run_dir / "placement.json", self.cfg.mesh
 
         def make() -> None:
-            if path.exists() and Placement.load(path, pool.names).ranks == ranks:
+            before = Placement.load(path, pool.names) if path.exists() else None
+            if before is not None and before.is_made(ranks, mesh.placement, mesh.load):
                 return
-            made = place(pool.names, ranks, self.cfg.mesh.placement, self.cfg.mesh.load)
+            made = place(pool.names, ranks, mesh.placement, mesh.load)
             made.save(path)
-            log.info("placement of the experts:\n%s", made)
+            was = f" (before: {before.origin})" if before is not None else ""
+            log.info("placement of the experts: %s%s\n%s", made.origin, was, made)
 
         self.ranks.on_main(make)
         return Placement.load(path, pool.names)
