@@ -11,6 +11,7 @@ import torch
 
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
+from glider_dist.job import with_base
 from glider_dist.model.base import BaseModel
 from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.engine import FrozenBase
@@ -48,7 +49,7 @@ class Target:
 
     def __init__(self, cfg: Config, world: int | None = None):
         plan = cfg.plan
-        self.cfg = cfg
+        self.cfg = cfg = with_base(cfg)
         self.world = world or plan.nodes * plan.gpus_per_node
         self.node = min(plan.gpus_per_node, self.world)
         self.experts = _experts(cfg)
