@@ -167,7 +167,11 @@ class CalibrateConfig:
 
 @dataclass
 class Config:
-    base: str = _setting("smollm2-135m", "base model: smollm2-135m, a hub id, a model folder or a .gguf file")
+    base: str = _setting(
+        "auto",
+        "base model: smollm2-135m, a hub id, a model folder or a .gguf file; auto: the one that the pool was made "
+        "for, smollm2-135m for a new pool",
+    )
     pool: str | None = _setting(None, "the pool's folder; None: run_dir/pool for quickstart, an error elsewhere")
     run_dir: str | None = _setting(None, "config, log, metrics and results go here; None: runs/STAGE")
     seed: int = _setting(0, "seed of tasks, initial weights, data order and bootstrap")

@@ -6,6 +6,7 @@ quickstart, which runs all stages in one launch, loads the base once.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 from glider_dist.config import Config, RouterConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.attach import attach_pool
-from glider_dist.model.base import BaseModel, choose_dtype, load_base, prepare_base
+from glider_dist.model.base import OFFLINE_DEFAULT, BaseModel, choose_dtype, load_base, prepare_base
 from glider_dist.model.batch import Collator
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import fingerprint
@@ -36,12 +37,27 @@ from glider_dist.training.checkpoint import Checkpoints, wandb_id_of
 log = logging.getLogger(__name__)
 
 
+def with_base(cfg: Config) -> Config:
+    """The configuration with a base instead of ``auto``: the pool's if there is one.
+
+    Raises:
+        GliderError: ``pool.json`` is broken.
+    """
+    if cfg.base != "auto":
+        return cfg
+    base = OFFLINE_DEFAULT
+    if cfg.pool is not None and (Path(cfg.pool) / "pool.json").exists():
+        base = ExpertPool.open(cfg.pool).base
+        log.info("base %s: pool %s was made for it", base, cfg.pool)
+    return dataclasses.replace(cfg, base=base)
+
+
 class Job:
-    """See the module. ``run_dir`` is ``cfg.run_dir`` or ``runs/STAGE``."""
+    """See the module. ``run_dir`` is ``cfg.run_dir`` or ``runs/STAGE``; ``cfg.base`` is never ``auto``."""
 
     def __init__(self, cfg: Config, stage: str, ranks: Ranks, stop: StopWish | None = None):
         cfg.validate()
-        self.cfg = cfg
+        self.cfg = cfg = with_base(cfg)
         self.stage = stage
         self.ranks = ranks
         self.stop = stop or StopWish(cfg.max_minutes, ranks)
@@ -98,15 +114,17 @@ class Job:
         return attach_pool(self.frozen.model, pool, router, mesh, self.cfg.dispatch, dtype, placement)
 
     def _placement(self, pool: ExpertPool, ranks: int) -> Placement:
-        """As stored in the run directory, else made as configured and stored there."""
-        path = self.run_dir / "placement.json"
+        """As stored in the run directory if it was made as configured, else made so and stored there."""
+        path, mesh = self.run_dir / "placement.json", self.cfg.mesh
 
         def make() -> None:
-            if path.exists() and Placement.load(path, pool.names).ranks == ranks:
+            before = Placement.load(path, pool.names) if path.exists() else None
+            if before is not None and before.is_made(ranks, mesh.placement, mesh.load):
                 return
-            made = place(pool.names, ranks, self.cfg.mesh.placement, self.cfg.mesh.load)
+            made = place(pool.names, ranks, mesh.placement, mesh.load)
             made.save(path)
-            log.info("placement of the experts:\n%s", made)
+            was = f" (before: {before.origin})" if before is not None else ""
+            log.info("placement of the experts: %s%s\n%s", made.origin, was, made)
 
         self.ranks.on_main(make)
         return Placement.load(path, pool.names)

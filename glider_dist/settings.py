@@ -7,10 +7,11 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -70,9 +71,9 @@ def read_config(file: Path | None, overrides: Sequence[str], defaults: dict[str,
     config = OmegaConf.structured(Config)
     for key, value in (defaults or {}).items():
         OmegaConf.update(config, key, value)
-    if file is not None:
-        config = _merge(config, _read_yaml(file), str(file))
     texts = {setting.key for setting in settings() if setting.is_text}
+    if file is not None:
+        config = _merge(config, _read_yaml(file, texts), str(file))
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or not key:
@@ -103,11 +104,18 @@ def read_config(file: Path | None, overrides: Sequence[str], defaults: dict[str,
     return result
 
 
-def _read_yaml(file: Path) -> DictConfig:
+class _AsWritten(yaml.SafeLoader):
+    """Reads every scalar as the text that it is; merge keys stay merge keys."""
+
+    yaml_implicit_resolvers: ClassVar = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
+
+
+def _read_yaml(file: Path, texts: Collection[str]) -> DictConfig:
     if not file.is_file():
         raise GliderError(f"the configuration file {file} does not exist")
     try:
         value = OmegaConf.load(file)
+        written = yaml.load(file.read_text(encoding="utf-8"), _AsWritten)
     except Exception as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
@@ -115,7 +123,16 @@ def _read_yaml(file: Path) -> DictConfig:
         raise GliderError(f"{file}{where} is not valid YAML: {problem}") from None
     if not isinstance(value, DictConfig):
         raise GliderError(f"{file} must hold keys and values")
-    return value
+    return OmegaConf.create(_keep_texts(OmegaConf.to_container(value), written, texts))
+
+
+def _keep_texts(value: Any, written: Any, texts: Collection[str], key: str = "") -> Any:
+    """``value`` with the text in the file for each number under a key of ``texts``."""
+    if isinstance(value, dict) and isinstance(written, dict):
+        below = f"{key}." if key else ""
+        return {name: _keep_texts(value[name], written.get(name), texts, f"{below}{name}") for name in value}
+    # YAML reads the time 12:00:00 as a number in base 60, and 2026_11 without its underscore.
+    return written if key in texts and type(value) in (int, float) else value
 
 
 def _merge(config: Any, value: DictConfig, origin: str) -> Any:

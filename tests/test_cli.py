@@ -13,8 +13,11 @@ from small_jobs import HELD_IN, command, finish, program, settings, snapshot, st
 from glider_dist import cli
 from glider_dist.cli import main, parse
 from glider_dist.commands import COMMANDS, Command
+from glider_dist.config import Config
 from glider_dist.errors import GliderError
+from glider_dist.job import with_base
 from glider_dist.parallel.stopping import SIGNALS
+from glider_dist.settings import read_config
 from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
 
 
@@ -171,6 +174,33 @@ def test_a_text_is_answered_where_no_run_can_be_recorded(tmp_path: Path) -> None
     random_pool(tmp_path / "pool", tiny_causal(), experts=HELD_IN)
     words = settings(tmp_path, base=base, router__kind="phatgoose", run_dir=base / "config.json")
     assert command("predict", "Repeat the words. Input: sun", *words).code == 0
+
+
+def test_without_base_a_stage_takes_the_one_that_the_pool_was_made_for(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", tiny_causal())
+    random_pool(tmp_path / "pool", tiny_causal(), experts=HELD_IN, base=str(base))
+    write_tasks(tmp_path / "tasks")
+    words = settings(tmp_path, router__kind="phatgoose", evaluate__routers="[base]", evaluate__queries=1)
+    for stage in (["predict", "Repeat the words. Input: sun"], ["evaluate"], ["plan", "plan.stages=[evaluate]"]):
+        outcome = command(*stage, *words)
+        assert outcome.code == 0, outcome.err
+        assert f"base {base}: pool {tmp_path / 'pool'} was made for it" in outcome.err
+    assert f"base:    {base}," in outcome.out
+    assert f"base: {base}\n" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_base_that_is_named_is_not_exchanged_for_the_pools(tmp_path: Path) -> None:
+    other = save_tiny_base(tmp_path / "other", tiny_causal(hidden_size=32))
+    random_pool(tmp_path / "pool", tiny_causal(), experts=HELD_IN, base="right")
+    outcome = command("predict", "Repeat", *settings(tmp_path, base=other, router__kind="phatgoose"))
+    assert outcome.code == 2
+    assert "leave base= out, or give base=right" in outcome.errors[0]
+
+
+def test_a_new_pool_is_for_the_base_that_needs_no_network(tmp_path: Path) -> None:
+    cfg = read_config(None, [f"pool={tmp_path / 'pool'}"])
+    assert with_base(cfg).base == with_base(Config()).base == "smollm2-135m"
+    assert cfg.base == Config().base
 
 
 @pytest.mark.parametrize("damage", ["[]", "null", "{", "{}", None])

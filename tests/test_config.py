@@ -70,10 +70,21 @@ def test_off_is_understood_though_yaml_reads_a_boolean(word: str, tmp_path: Path
     assert [in_file.tracking, in_file.service.cache] == ["off"] * 2
 
 
-@pytest.mark.parametrize("name", ["2026_11", "007", "1e3"])
-def test_a_text_that_looks_like_a_number_stays_as_it_was_written(name: str) -> None:
-    config = read_config(None, [f"run_dir={name}", f"pool={name}"])
-    assert (config.run_dir, config.pool) == (name, name)
+@pytest.mark.parametrize("name", ["2026_11", "007", "1e3", "12:00:00", "0x1F", "1_0.50", ".inf"])
+def test_a_text_that_looks_like_a_number_stays_as_it_was_written(name: str, tmp_path: Path) -> None:
+    on_line = read_config(None, [f"run_dir={name}", f"pool={name}", f"slurm.time={name}"])
+    text = f"run_dir: {name}\npool: ${{run_dir}}\nslurm:\n  nodes: 0x10\n  time: {name}  # a comment\n"
+    in_file = read_config(yaml(tmp_path, text), [])
+    for cfg in (on_line, in_file):
+        assert (cfg.run_dir, cfg.pool, cfg.slurm.time) == (name, name, name)
+    assert in_file.slurm.nodes == 16
+
+
+def test_a_time_in_an_anchor_or_in_braces_stays_as_it_was_written(tmp_path: Path) -> None:
+    braces = read_config(yaml(tmp_path, "slurm: {time: 12:00:00, site: '007'}\n"), [])
+    assert (braces.slurm.time, braces.slurm.site) == ("12:00:00", "007")
+    anchor = "slurm:\n  <<: &short {time: 0:30:00}\n  nodes: 2\n"
+    assert read_config(yaml(tmp_path, anchor), []).slurm.time == "0:30:00"
 
 
 def test_tracking_on_is_refused_with_the_values_there_are() -> None:

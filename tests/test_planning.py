@@ -71,13 +71,21 @@ def test_every_configuration_for_a_large_pool_passes_at_its_world_size(name: str
     assert all(float(value) <= 80 for value in total)
 
 
-@pytest.mark.parametrize(("gpu", "holds"), [(80, False), (192, True)])
-def test_a_sharded_base_is_told_to_be_loaded_whole_first(gpu: int, holds: bool) -> None:
+def test_a_sharded_base_is_counted_whole_in_the_host_memory_of_rank_0_alone() -> None:
     file = str(CONFIGS / "llama70b_1024.yaml")
-    outcome = command("plan", file, "plan.stages=[train-gates]", f"plan.device_gb={gpu}", "--ranks", "128")
-    note = outcome.out.splitlines()[-1]
-    assert note.startswith("note: the whole base (141 GB) is loaded on every device")
-    assert ("do not hold" in note) is not holds
+    outcome = command("plan", file, "plan.stages=[train-gates,calibrate]", "--ranks", "128")
+    lines = outcome.out.splitlines()
+    row = next(line for line in lines if line.startswith("host GB per rank: base while it loads, rank 0"))
+    assert row.split()[-2:] == ["141", "141"]
+    assert lines[-1].startswith("note: each rank loads its share of the base alone")
+    assert "rank 0's host memory may hold all 141 GB" in lines[-1]
+
+
+def test_a_base_that_is_not_sharded_takes_no_memory_of_the_host_while_it_loads() -> None:
+    assert target_of("small_10000").loading_bytes() == {}
+    outcome = command("plan", str(CONFIGS / "small_10000.yaml"), "plan.stages=[calibrate]")
+    assert "while it loads, rank 0" not in outcome.out
+    assert "note:" not in outcome.out
 
 
 def test_t5_xl_has_the_published_sites_and_sizes() -> None:

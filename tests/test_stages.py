@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -141,6 +142,13 @@ def test_all_stages_run_end_to_end_on_two_ranks(together: Job) -> None:
     printed = together.printed["quickstart"].out
     assert all(f"\n{kind} " in printed for kind in ROUTERS)
     assert answer_lines(together.printed["quickstart"])[1].startswith("answer: ")
+
+
+def test_the_command_that_is_printed_last_answers_without_another_word(together: Job) -> None:
+    line = next(line for line in together.printed["quickstart"].out.splitlines() if "glider-dist predict" in line)
+    outcome = command(*shlex.split(line)[1:])
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[1].startswith("answer: ")
 
 
 def test_the_run_directory_records_what_was_run(together: Job) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ class Placement:
         names: the experts, in the pool's order (their ids).
         owner: for each expert the position of its rank in the group, in ``[0, P)``.
         ranks: P.
+        kind: the ``mesh.placement`` that made it, if that is known.
+        load_sha256: of the load that it evens out.
     """
 
     names: tuple[str, ...]
     owner: tuple[int, ...]
     ranks: int
+    kind: str | None = None
+    load_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.owner) != len(self.names) or any(not 0 <= rank < self.ranks for rank in self.owner):
@@ -46,9 +51,27 @@ class Placement:
             filled[owner] += 1
         return tuple(slots)
 
+    @property
+    def origin(self) -> str:
+        """How it was made, in words."""
+        by = f" by the load {self.load_sha256[:12]}" if self.load_sha256 else ""
+        return f"{self.kind or 'of unknown origin'}{by}, over {self.ranks} ranks"
+
+    def is_made(self, ranks: int, kind: str, load: str | None) -> bool:
+        """Whether it was made as ``mesh.placement`` and ``mesh.load`` say, over so many ranks.
+
+        Raises:
+            GliderError: see :func:`load_of`. A load that is gone is taken not to have changed.
+        """
+        if (self.ranks, self.kind) != (ranks, kind):
+            return False
+        path = Path(load or "")
+        return kind != "balanced" or not path.exists() or _sha256(load_of(path)) == self.load_sha256
+
     def save(self, path: Path) -> None:
         owned = {str(rank): [self.names[expert] for expert in self.owned(rank)] for rank in range(self.ranks)}
-        write_json(path, {"ranks": self.ranks, "experts": owned})
+        how = {"kind": self.kind, "load_sha256": self.load_sha256}
+        write_json(path, {"ranks": self.ranks, **how, "experts": owned})
 
     @staticmethod
     def load(path: Path, names: Sequence[str]) -> Placement:
@@ -62,7 +85,8 @@ class Placement:
         if place.keys() != set(names):
             odd = sorted(place.keys() ^ set(names))[0]
             raise GliderError(f"{path} and the pool differ in expert {odd!r}; remove it to place the experts anew")
-        return Placement(tuple(names), tuple(place[name] for name in names), ranks)
+        owner = tuple(place[name] for name in names)
+        return Placement(tuple(names), owner, ranks, plain.get("kind"), plain.get("load_sha256"))
 
     def __str__(self) -> str:
         """A line per rank."""
@@ -104,7 +128,14 @@ def balanced(names: Sequence[str], ranks: int, load: Mapping[str, float]) -> Pla
 
 def place(names: Sequence[str], ranks: int, kind: str, load: str | None) -> Placement:
     """As ``mesh.placement`` and ``mesh.load`` say; raises GliderError as :func:`load_of`."""
-    return balanced(names, ranks, load_of(Path(load or ""))) if kind == "balanced" else contiguous(names, ranks)
+    if kind != "balanced":
+        return replace(contiguous(names, ranks), kind=kind)
+    tokens = load_of(Path(load or ""))
+    return replace(balanced(names, ranks, tokens), kind=kind, load_sha256=_sha256(tokens))
+
+
+def _sha256(load: Mapping[str, float]) -> str:
+    return hashlib.sha256(json.dumps(load, sort_keys=True).encode()).hexdigest()
 
 
 def load_of(path: Path) -> dict[str, float]:

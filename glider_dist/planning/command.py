@@ -8,7 +8,7 @@ from collections.abc import Callable
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.planning.joint import plan_joint
-from glider_dist.planning.report import GB, StagePlan, gigabytes, stages_table
+from glider_dist.planning.report import StagePlan, gigabytes, stages_table
 from glider_dist.planning.serving import plan_calibrate, plan_evaluate
 from glider_dist.planning.target import Target
 from glider_dist.planning.training import plan_experts, plan_gates
@@ -41,16 +41,12 @@ def run(cfg: Config, command: str, ranks: int | None) -> int:
     plans = [STAGES[stage](target) for stage in stages]
     print(f"{head(target)}\n\n{stages_table(plans)}")
     if target.sharded:
-        print(f"\n{_loading(target)}")
+        size = gigabytes(target.frozen.nbytes)
+        print(
+            "\nnote: each rank loads its share of the base alone, but rank 0's host memory may hold "
+            f"all {size} GB of it for as long as that takes"
+        )
     return 0
-
-
-def _loading(target: Target) -> str:
-    size, device = target.frozen.nbytes, target.cfg.plan.device_gb
-    told = f"note: the whole base ({gigabytes(size)} GB) is loaded on every device before ZeRO 3 shards it"
-    return (
-        told if size <= device * GB else f"{told}, which {device:g} GB do not hold; the table is of what follows"
-    )
 
 
 def head(target: Target) -> str:

@@ -65,7 +65,7 @@ def plan_joint(target: Target) -> StagePlan:
         "activations, logits": cost.peak,
         "reserve (estimated)": target.reserve,
     }
-    plan.host = {"index of descriptions": target.index_bytes()}
+    plan.host = {**target.loading_bytes(), "index of descriptions": target.index_bytes()}
     moved, moving = sharded_traffic(target, backward=True)
     exchanging = 0.0
     plan.estimates = {

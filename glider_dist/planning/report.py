@@ -18,7 +18,8 @@ class StagePlan:
     Attributes:
         counts: batch arithmetic: experts, examples, forwards.
         memory: bytes on the rank that needs most, by what needs them.
-        host: bytes of the rank's process in the node's memory, likewise; the base's files are not counted.
+        host: bytes of the rank's process in the node's memory, likewise; the base's files are not counted but
+            where rank 0 reads them for all ranks.
         estimates: traffic and time, from the figures under ``plan`` of the configuration.
     """
 

@@ -84,6 +84,7 @@ def _plan(
         "reserve (estimated)": target.reserve,
     }
     plan.host = {
+        **target.loading_bytes(),
         "experts and gates while they load": target.most_owned * one + sum(gate.nbytes for gate in gates),
         "index of descriptions": target.index_bytes(),
     }

@@ -11,6 +11,7 @@ import torch
 
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
+from glider_dist.job import with_base
 from glider_dist.model.base import BaseModel
 from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.engine import FrozenBase
@@ -48,7 +49,7 @@ class Target:
 
     def __init__(self, cfg: Config, world: int | None = None):
         plan = cfg.plan
-        self.cfg = cfg
+        self.cfg = cfg = with_base(cfg)
         self.world = world or plan.nodes * plan.gpus_per_node
         self.node = min(plan.gpus_per_node, self.world)
         self.experts = _experts(cfg)
@@ -95,6 +96,12 @@ class Target:
             bits = self.cfg.base_bits
             return {"base": quantised_bytes(model, bits) if bits else self.frozen.nbytes}
         return {"base": shard_bytes(model, self.world), "base, gathered": gathered_bytes(model)}
+
+    def loading_bytes(self) -> dict[str, int]:
+        """What the base takes on the host at most, for as long as it loads: under ZeRO 3 rank 0 reads all of its
+        files for everyone. They are taken to have the dtype in which it computes; pages of mapped ones may be
+        dropped meanwhile."""
+        return {"base while it loads, rank 0": self.frozen.nbytes} if self.sharded else {}
 
     def index_bytes(self) -> int:
         """What the global router's index takes on the host: an fp32 vector per description."""

@@ -63,7 +63,8 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
         "activations, logits": step.peak,
         "reserve (estimated)": target.reserve,
     }
-    plan.host = {"best weights so far": count * slots.weights.nbytes // len(slots.names)}
+    best = count * slots.weights.nbytes // len(slots.names)
+    plan.host = {**target.loading_bytes(), "best weights so far": best}
     if moved_moments:
         plan.host["AdamW moments"] = count * optimizer.bytes_per_expert
     one = compute_seconds(target, step.flops)

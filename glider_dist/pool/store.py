@@ -166,7 +166,10 @@ class ExpertPool:
         """Raises GliderError if ``other`` is not the base this pool was made for."""
         difference = self.fingerprint.difference(other)
         if difference:
-            raise GliderError(f"pool {self.path} was made for another base ({self.base}): {difference}")
+            raise GliderError(
+                f"pool {self.path} was made for another base ({self.base}): {difference}; "
+                f"leave base= out, or give base={self.base}"
+            )
 
     @property
     def router_dir(self) -> Path:

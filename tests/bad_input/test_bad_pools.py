@@ -35,7 +35,7 @@ def test_a_pool_made_for_another_base_is_refused(
         value["fingerprint"]["weights_sha256"] = "0" * 64
         (pool.path / "pool.json").write_text(json.dumps(value))
     difference = "site model.layers.0" if other == "shapes" else "weights 000000000000"
-    says(refused(stage), pool.path, "another base", difference)
+    says(refused(stage), pool.path, "another base", difference, f"leave base= out, or give base={pool.base}")
 
 
 def test_a_base_that_is_not_there_and_no_network_are_one_sentence(
