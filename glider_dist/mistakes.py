@@ -17,7 +17,20 @@ from typing import Any
 from glider_dist.errors import GliderError
 from glider_dist.parallel.launch import adopt_slurm
 
-_TOLD, _SAID, _MAIN, _LEFT = (f"glider_dist/mistake/{key}" for key in ("told", "said", "of_rank_0", "left"))
+
+def _launch() -> str:
+    """Stands for this launch: ranks of another one may reach this store, since launchers have a usual port."""
+    env = os.environ
+    world = env.get("WORLD_SIZE")
+    # The ranks of one node have one parent; those of several nodes share the number of their job alone.
+    alone = (env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world) == world
+    job = [env.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID")]
+    return "-".join([*job, str(os.getppid() if alone else "")])
+
+
+_TOLD, _SAID, _MAIN, _LEFT = (
+    f"glider_dist/mistake/{_launch()}/{key}" for key in ("told", "said", "of_rank_0", "left")
+)
 _SECONDS = 5.0  # rank 0 may hold the store, so it stays until the others have looked, if they come
 
 

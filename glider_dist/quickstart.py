@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -161,7 +162,7 @@ def _launch(arguments: Arguments, cfg: Config) -> int:
         env.setdefault("DS_ACCELERATOR", "cpu")
     where = f"{gpus} GPUs found" if gpus else "no GPU found, so on the CPU with gloo"
     log.info("starting %d ranks under the deepspeed launcher (%s)", ranks, where)
-    stop_file = Path(str(cfg.run_dir)) / f".stop.{os.getpid()}"
+    stop_file = Path(str(cfg.run_dir)) / f".stop.{os.getpid()}.{secrets.token_hex(4)}"
     return _run_stoppable(command, env, stop_file)
 
 

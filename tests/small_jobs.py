@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 
 from glider_dist.cli import main
 from glider_dist.pool import ExpertPool
+from glider_dist.semantics.embedder import PACKAGED, Embedder
 from glider_dist.semantics.index import FILE, Index, save_index, texts_digest
 
 HELD_IN = ("copy", "upper", "last")
@@ -257,11 +259,18 @@ def share_within(tolerance: float, a: Mapping[str, Mapping[str, torch.Tensor]], 
 
 
 def describe_and_index(pool: ExpertPool, width: int = 384, embedder: str = "all-minilm-l6-v2") -> None:
-    """Give every expert a description and the pool an index of random embeddings, without an embedder."""
+    """Give every expert a description and the pool an index of random embeddings, which it takes for the packaged
+    embedder's."""
     for expert in pool.experts():
         expert.update_card(descriptions=[f"This expert is called {expert.name}."])
     texts = {expert.name: expert.card()["descriptions"] for expert in pool.experts()}
     vectors = torch.randn(len(texts), width, generator=torch.Generator().manual_seed(0))
     owner = torch.arange(len(texts))
     vectors = vectors / vectors.norm(dim=1, keepdim=True)
-    save_index(Index(tuple(texts), vectors, owner, embedder, texts_digest(texts)), pool.router_dir / FILE)
+    index = Index(tuple(texts), vectors, owner, embedder, texts_digest(texts), packaged_fingerprint())
+    save_index(index, pool.router_dir / FILE)
+
+
+@cache
+def packaged_fingerprint() -> str:
+    return Embedder(PACKAGED).fingerprint()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from glider_dist.errors import GliderError
 from glider_dist.evaluation import evaluate
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import clear_up
-from glider_dist.pool.lock import hold_all, holding
+from glider_dist.pool.lock import holding
 from glider_dist.pool.verify import verify
 from glider_dist.testing import LocalRanks, random_pool, tiny_causal
 
@@ -315,43 +314,3 @@ def test_a_file_of_an_expert_that_is_a_link_out_of_the_pool_is_refused(file, tmp
 
 
 # Two writers --------------------------------------------------------------------------------------------------
-
-
-def test_two_jobs_that_train_the_same_expert_into_one_pool_are_told_and_the_lock_dies_with_its_process(
-    folder: Path, base: Path
-) -> None:
-    assert run("train-experts", folder, base, tasks__held_in="[copy]", tasks__held_out="[first]").code == 0
-    holder = (
-        "import sys, time; from pathlib import Path; from glider_dist.pool.lock import holding\n"
-        "with holding(Path(sys.argv[1]), 'upper'):\n    print('held', flush=True); time.sleep(600)"
-    )
-    process = start([sys.executable, "-c", holder, str(folder / "pool")], folder)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        outcome = run("train-experts", folder, base)
-        assert outcome.code == 2
-        assert outcome.errors[0].startswith(
-            f"expert 'upper' of pool {folder / 'pool'} is being written by another job"
-        )
-        assert f"process {process.pid} on" in outcome.errors[0]
-        # Another expert is nobody's business.
-        words: dict[str, Any] = {"tasks__held_in": "[copy,last]", "tasks__held_out": "[first]"}
-        assert run("train-experts", folder, base, **words).code == 0
-    finally:
-        kill(process)
-        finish(process)
-    assert run("train-experts", folder, base).code == 0
-    assert not list((folder / "pool" / "experts").glob(".*"))
-
-
-def test_of_many_processes_one_holds_a_lock_and_all_or_none_of_several(tmp_path):
-    (tmp_path / "experts").mkdir()
-    with holding(tmp_path, "b"):
-        with pytest.raises(GliderError, match="'b'"):
-            hold_all(tmp_path, ["a", "b"])
-        with holding(tmp_path, "a"):
-            pass
-    with contextlib.closing(hold_all(tmp_path, ["a", "b"])), pytest.raises(GliderError):
-        hold_all(tmp_path, ["a"])
-    assert list((tmp_path / "experts").iterdir()) == []

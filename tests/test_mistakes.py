@@ -121,3 +121,29 @@ def test_a_mistake_on_several_ranks_is_told_once_and_the_launcher_ends_with_code
     message = told_once([outcome])
     assert all(needle in message for needle in needles), message
     assert snapshot(folder) == before
+
+
+def test_a_mistake_at_the_port_of_another_job_is_not_that_jobs(folder: Path) -> None:
+    port, asked = free_port(), folder / "asked"
+    job = (
+        "import sys, time, torch.distributed as dist; from datetime import timedelta; from pathlib import Path\n"
+        "from glider_dist import mistakes\n"
+        f"store = dist.TCPStore('127.0.0.1', {port}, 2, True, timedelta(seconds=60), wait_for_workers=False)\n"
+        "before = store.num_keys(); print('open', flush=True)\n"
+        "while not Path(sys.argv[1]).exists(): time.sleep(0.05)\n"
+        "print(store.num_keys() > before, store.check([mistakes._TOLD]), flush=True)"
+    )
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    other = start([sys.executable, "-c", job, str(asked)], folder, RANK="0", **env)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        words = f"{sys.executable} -m glider_dist evaluate sed=1; exit $?"
+        outcome = finish(start(["sh", "-c", words], folder, RANK="1", LOCAL_RANK="1", **env))
+        assert outcome.code == 2
+        assert "'sed'" in outcome.errors[0]
+        asked.touch()
+        assert other.stdout.readline() == "True False\n"
+    finally:
+        kill(other)
+        finish(other)

@@ -23,6 +23,8 @@ from glider_dist.errors import GliderError
 
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?:\w{8}\.tmp|(?P<old>\d+\.old))")
 """Names that :func:`replacing_folder` gives to what is not finished, or no longer wanted."""
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)  # it can only be read by setting it
 
 
 def sync_folder(folder: Path) -> None:
@@ -39,6 +41,13 @@ def sync_file(path: Path) -> None:
         os.fsync(handle.fileno())
 
 
+def _share(path: Path) -> None:
+    """Give it the mode that this user's umask wants: temporary folders, and what safetensors writes, are for the
+    owner alone, which would shut out everybody else who works with a pool."""
+    mode = 0o777 if path.is_dir() else 0o666 | (path.stat().st_mode & 0o111)
+    path.chmod(mode & ~_UMASK)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success sync it and rename it over ``path``."""
@@ -47,6 +56,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
+        _share(temporary)
         sync_file(temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -132,10 +142,9 @@ def replacing_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)
-        for inner in temporary.rglob("*"):
+        for inner in (temporary, *temporary.rglob("*")):
+            _share(inner)
             (sync_folder if inner.is_dir() else sync_file)(inner)
-        sync_folder(temporary)
         if replace and path.exists():
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             os.rename(path, old)

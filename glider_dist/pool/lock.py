@@ -5,21 +5,14 @@ The lock belongs to the open file and dies with its process, however it ends.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import logging
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from glider_dist.errors import GliderError
+from glider_dist.file_lock import locked
 from glider_dist.pool.files import clear_up
 from glider_dist.pool.names import check_name
-
-log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -51,7 +44,7 @@ def _of_expert(pool: Path, name: str) -> tuple[Path, str]:
 
 @contextmanager
 def _holding(path: Path, what: str) -> Iterator[None]:
-    handle = _locked(path, what)
+    handle = locked(path, what, "wait for it, end it, or choose another pool")
     try:
         yield
     finally:
@@ -71,38 +64,3 @@ def hold_all(pool: Path, names: Sequence[str]) -> ExitStack:
         if names:
             clear_up(pool / "experts", set(names))
         return stack.pop_all()
-
-
-def _locked(path: Path, what: str) -> int:
-    while True:
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        except OSError as error:
-            advice = "; raise the limit of open files (ulimit -n)" if error.errno == errno.EMFILE else ""
-            raise GliderError(f"{what} cannot be locked: {path}: {error.strerror}{advice}") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                owner = os.read(handle, 1000).decode(errors="replace")
-                os.close(handle)
-                raise GliderError(
-                    f"{what} is being written by another job ({owner or 'which has just begun'}); "
-                    "wait for it, end it, or choose another pool"
-                ) from None
-            # A file system without locks: nothing can be told, so nothing is refused.
-            log.debug("%s cannot be locked (%s)", path, error)
-            return handle
-        if _same_file(handle, path):
-            os.ftruncate(handle, 0)
-            with contextlib.suppress(OSError):  # on a full disk it locks as well
-                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            return handle
-        os.close(handle)  # its holder has just deleted it
-
-
-def _same_file(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False

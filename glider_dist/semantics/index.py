@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from glider_dist.errors import GliderError
-from glider_dist.pool.files import replacing
+from glider_dist.pool.files import replacing, save_tensors
 from glider_dist.semantics.client import Unreachable
 from glider_dist.semantics.describe import descriptions_of
 from glider_dist.semantics.embedder import TextEmbedder, same_model
@@ -221,7 +220,7 @@ def save_index(index: Index, path: Path) -> None:
     if index.rows is not None:
         tensors["rows"] = index.rows
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_tensors(tensors, temporary, metadata)
 
 
 def read_index(path: Path) -> Index:

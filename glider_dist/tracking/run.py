@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 from glider_dist.errors import GliderError
 from glider_dist.tracking.log_file import open_log_file
-from glider_dist.tracking.state import RunState
+from glider_dist.tracking.state import RunState, check_free
 from glider_dist.tracking.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ def _forget_wandb() -> None:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Raises GliderError if ``run_dir`` cannot be made or written; writes nothing."""
+    """Raises GliderError if ``run_dir`` cannot be made or written, or another job is there; writes nothing."""
     there = run_dir.absolute()
     while not os.path.lexists(there):
         there = there.parent
@@ -188,6 +188,7 @@ def check_run_dir(run_dir: Path) -> None:
     for path in (there, run_dir / METRICS, run_dir / LOG):
         if os.path.lexists(path) and not os.access(path, os.W_OK | (os.X_OK if path == there else 0)):
             raise GliderError(_unwritable(run_dir, f"no permission to write {path}"))
+    check_free(run_dir)
 
 
 def _unwritable(run_dir: Path, reason: str | None) -> str:

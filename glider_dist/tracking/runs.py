@@ -12,7 +12,7 @@ from typing import Any
 
 from glider_dist.errors import GliderError
 from glider_dist.tracking.run import METRICS
-from glider_dist.tracking.state import STATE, held
+from glider_dist.tracking.state import STATE, holder
 
 USAGE = """usage: glider-dist runs [FOLDER]        runs below FOLDER (default: runs) with state, progress and score
        glider-dist runs show RUN_DIR    one run, and the command that goes on with it
@@ -109,7 +109,7 @@ def read_run(path: Path) -> FoundRun:
         raise GliderError(f"{path} is no run directory (it has no versions.json); see glider-dist runs")
     state, versions = _object(path / STATE), _object(path / "versions.json")
     name, reason = str(state.get("state", "unknown")), str(state.get("reason") or "")
-    if name == "running" and not held(path):
+    if name == "running" and not holder(path):
         name, reason = "killed", "its process is gone"
     progress = state.get("progress") or {}
     share = ""

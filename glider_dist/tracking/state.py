@@ -15,21 +15,29 @@ import time
 from pathlib import Path
 from typing import Any
 
+from glider_dist.errors import GliderError
+from glider_dist.file_lock import locked
+
 STATE, LOCK = "state.json", ".running"
+IN_USE = "wait for it, end it, or set another run_dir"
 _SECONDS = 5.0
+_mine: dict[Path, int] = {}
+"""Locks of this process. A stage that broke off here may be started here again, in a notebook, say."""
 
 
 class RunState:
-    """Keeps the state of a run that has begun in this process. A full disk costs news, nothing else."""
+    """Keeps the state of a run that has begun in this process. A full disk costs news, nothing else.
+
+    Raises:
+        GliderError: another process has a run there.
+    """
 
     def __init__(self, run_dir: Path, stage: str):
         self._path = run_dir / STATE
         self._value: dict[str, Any] = {"stage": stage, "state": "running", "started": round(time.time(), 3)}
-        self._lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:  # a file system without locks: the run will look as if it had been killed
-            self._value["lock"] = str(error)
+        self._file = run_dir.absolute() / LOCK
+        if self._file not in _mine:
+            _mine[self._file] = locked(self._file, f"run_dir {run_dir}", IN_USE)
         self._write()
 
     def progress(self, what: str, done: int, total: int) -> None:
@@ -41,13 +49,12 @@ class RunState:
 
     def end(self, state: str, reason: str = "") -> None:
         """Note how it ended. A second call does nothing."""
-        if self._lock < 0:
+        if self._file not in _mine:
             return
         self._value |= {"state": state, "reason": reason}
         self._write()
-        self._path.with_name(LOCK).unlink(missing_ok=True)
-        os.close(self._lock)
-        self._lock = -1
+        self._file.unlink(missing_ok=True)
+        os.close(_mine.pop(self._file))
 
     def _write(self) -> None:
         self._value["updated"] = round(time.time(), 3)
@@ -59,16 +66,24 @@ class RunState:
             temporary.unlink(missing_ok=True)
 
 
-def held(run_dir: Path) -> bool:
-    """Whether a living process holds the run's lock."""
+def check_free(run_dir: Path) -> None:
+    """Raises GliderError if another process has a run there."""
+    other = holder(run_dir)
+    if other and run_dir.absolute() / LOCK not in _mine:
+        raise GliderError(f"run_dir {run_dir} is being written by another job ({other}); {IN_USE}")
+
+
+def holder(run_dir: Path) -> str:
+    """The living process that holds the run's lock, in words; "" if there is none."""
     try:
-        handle = os.open(run_dir / LOCK, os.O_RDWR)
+        # Other users may look, who cannot write there.
+        handle = os.open(run_dir / LOCK, os.O_RDONLY)
     except OSError:
-        return False
+        return ""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
-        return True
+        return os.read(handle, 1000).decode(errors="replace") or "a process"
     finally:
         os.close(handle)
-    return False
+    return ""

@@ -18,7 +18,14 @@ from glider_dist.errors import GliderError
 from glider_dist.job import Job
 from glider_dist.model.sites import linear_sites, peft_targets
 from glider_dist.parallel.replicas import Replicas
-from glider_dist.pool.adapter import SiteLora, check_finite, inspect_adapter, write_adapter
+from glider_dist.pool.adapter import (
+    GATE_FILE,
+    WEIGHTS_FILE,
+    SiteLora,
+    check_finite,
+    inspect_adapter,
+    write_adapter,
+)
 from glider_dist.pool.lock import hold_all
 from glider_dist.pool.names import check_name
 from glider_dist.pool.store import check_sites
@@ -46,6 +53,10 @@ def train_experts(job: Job) -> None:
         return
     for task in todo:
         check_name(task.name)
+        if (folder := job.pool_path / "experts" / task.name).exists():
+            raise GliderError(
+                f"{folder} is there, but holds no {WEIGHTS_FILE}: restore it, or delete the folder to train anew"
+            )
     if there is not None:
         there.check_base(job.fingerprint)
     lora, cfg = job.cfg.lora, job.cfg
@@ -93,7 +104,9 @@ def train_gates(job: Job) -> None:
     tasks = [task for task in job.tasks.held_in if task.name in pool]
     if job.tasks.held_in and not tasks:
         raise GliderError(f"pool {pool.path} has no expert of a held-in task; run train-experts first")
-    todo = [task for task in tasks if not pool.expert(task.name).has_gate]
+    # A process that was killed between a gate and its card leaves one that the card does not know.
+    cards = {task.name: pool.expert(task.name).card().get("files", {}) for task in tasks}
+    todo = [task for task in tasks if not (pool.expert(task.name).has_gate and GATE_FILE in cards[task.name])]
     _begin(job, "gate", todo, tasks)
     if not todo:
         return
