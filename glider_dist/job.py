@@ -90,6 +90,12 @@ class Job:
         reader = 0 if sharded else ranks.rank - ranks.local_rank
         return ranks.gather(base.weights_hash if ranks.rank == reader else None)[reader]
 
+    @property
+    def computes_in(self) -> list[str | int | None]:
+        """Dtype, bits of the linear layers (None: all of the dtype's) and device of the base, loaded or not."""
+        dtype, _ = choose_dtype(self.cfg.dtype, self.ranks.device)
+        return [str(dtype), self.cfg.base_bits, self.ranks.device.type]
+
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Taken before experts or DeepSpeed change the model's modules."""

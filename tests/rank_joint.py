@@ -110,7 +110,9 @@ def similarity(rows: Sequence[Row], dtype: torch.dtype) -> torch.Tensor:
 def recipes(case: Case) -> dict[str, Recipe]:
     train = case.config().train
     return {
-        kind: Recipe(case.steps, case.batch, rate, 0, train.weight_decay, 0.3, train.max_grad_norm, 100, None, 5)
+        kind: Recipe(
+            case.steps, case.batch, rate, 0, train.weight_decay, 0.3, train.max_grad_norm, 100, None, 5, 64
+        )
         for kind, rate in RATES.items()
     }
 

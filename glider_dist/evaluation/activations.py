@@ -70,5 +70,5 @@ def _batches(job: Job, pool: ExpertPool, task: Task) -> Iterator[dict[str, Any]]
 
 
 def _digest(job: Job, task: Task) -> str:
-    state = [queries_digest([task], "train", EXAMPLES), job.cfg.tasks.max_length, job.cfg.dtype, job.cfg.device]
+    state = [queries_digest([task], "train", EXAMPLES), job.cfg.tasks.max_length, *job.computes_in]
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
 from glider_dist.evaluation.evaluate import calibration_of
 from glider_dist.evaluation.partial import PartialLosses
@@ -33,7 +34,7 @@ from glider_dist.job import Job
 from glider_dist.model.attach import detach, set_router
 from glider_dist.pool.calibration import CALIBRATION_FILE, made_for
 from glider_dist.pool.files import write_json
-from glider_dist.routing.strategies import PUBLISHED
+from glider_dist.routing.strategies import PUBLISHED, local_scores, strategy_of
 from glider_dist.semantics.global_router import global_router, query_settings
 from glider_dist.semantics.index import FILE
 from glider_dist.tracking.progress import progress
@@ -81,14 +82,15 @@ def run(job: Job) -> None:
     encoded = [query.encoded for query in queries] * 2
 
     mine = list(range(job.ranks.rank, len(encoded), job.ranks.world))
-    model = job.attach(pool, dataclasses.replace(cfg.router, kind="glider", **_fixed(1.0)))
+    glider = dataclasses.replace(cfg.router, kind="glider")
+    model = job.attach(pool, dataclasses.replace(glider, **_fixed(1.0)))
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size, job.stop)
     kept = PartialLosses(job.run_dir / "calibrate.json", key, job.ranks)
     try:
         for alpha in progress(cfg.calibrate.alphas, desc="alphas", enabled=job.ranks.is_main):
             if alpha in kept.nll:
                 continue
-            fixed = dataclasses.replace(cfg.router, kind="glider", **_fixed(alpha))
+            fixed = dataclasses.replace(glider, **_fixed(alpha))
             set_router(model, fixed)
             scope = router_scope(model, fixed, both[mine], None)
             nll_N = np.zeros(len(encoded))
@@ -100,7 +102,7 @@ def run(job: Job) -> None:
         detach(model)
     nll = np.stack([kept.nll[alpha] for alpha in cfg.calibrate.alphas])
     losses = 1 - np.exp(-nll)
-    best = both.amax(1).numpy().astype(np.float64)
+    best = _best_cosine(both, pool.names, glider)
     chosen = choose(losses, best, cfg.calibrate.alphas)
     if job.ranks.is_main:
         write_json(
@@ -109,6 +111,7 @@ def run(job: Job) -> None:
                 **chosen,
                 "key": key,
                 "made_for": made_for(pool, index),
+                "local_scores": local_scores(glider),
                 "queries": len(queries),
                 "embedder": cfg.embedder,
                 "mean_loss": _mean_losses(losses, cfg.calibrate.alphas),
@@ -126,6 +129,14 @@ def run(job: Job) -> None:
     job.ranks.barrier()
 
 
+def _best_cosine(similarity_NE: torch.Tensor, names: Sequence[str], router: RouterConfig) -> np.ndarray:
+    """``[N]`` fp64, over the experts that a query may choose, as the router takes it; -1 if there is none."""
+    if strategy_of(router).by_weights and router.general:
+        general = torch.tensor([names.index(name) for name in router.general])
+        similarity_NE = similarity_NE.index_fill(1, general, float("-inf"))
+    return similarity_NE.amax(1).clamp_min(-1.0).numpy().astype(np.float64)
+
+
 _UNSET: dict[str, Any] = {"alpha_in": None, "alpha_out": None, "threshold": None}
 
 
@@ -138,8 +149,8 @@ def choose(losses: np.ndarray, best_cosine: np.ndarray, alphas: Sequence[float])
 
     Pairs of α that lose by at most one standard error of the difference fit as well as the best one. Of these
     the pair nearest to the published 100 and 3 is taken (sum of the distances in log α): on a few dozen queries
-    the least loss alone is a matter of rounding. Of the thresholds that fit as well, the middle of their range is
-    taken, since new wordings move cosines either way.
+    the least loss alone is a matter of rounding. Of the thresholds around the best one that all fit as well, the
+    middle is taken, since new wordings move cosines either way.
 
     Args:
         losses: ``[len(alphas), N]`` loss of each query (own expert present, then removed) at each α.
@@ -161,11 +172,16 @@ def choose(losses: np.ndarray, best_cosine: np.ndarray, alphas: Sequence[float])
     tied = [pair for pair, (of_queries, _) in pairs.items() if _fits(of_queries, best)]
     tied.sort(key=_from_published)
     of_queries, per_query = pairs[tied[0]]
-    thresholds = candidates[_fits(per_query, of_queries)]
+    low = high = int(per_query.mean(1).argmin())
+    fits = _fits(per_query, of_queries)
+    while low > 0 and fits[low - 1]:
+        low -= 1
+    while high + 1 < len(fits) and fits[high + 1]:
+        high += 1
     return {
         "alpha_in": tied[0][0],
         "alpha_out": tied[0][1],
-        "threshold": float((thresholds.min() + thresholds.max()) / 2),
+        "threshold": float((candidates[low] + candidates[high]) / 2),
         "loss": float(of_queries.mean()),
         "tied": [list(pair) for pair in tied],
     }

@@ -38,6 +38,12 @@ def run(job: Job) -> list[RouterResult]:
     # A pool may be of other tasks altogether, or hold the multitask baseline; one that lacks a few is unfinished.
     if lacking and len(lacking) < len(job.tasks.held_in):
         raise GliderError(f"pool {pool.path} has no expert for the held-in task {lacking[0]!r}; run train-experts")
+    known = [task.name for task in job.tasks.held_out if task.name in pool]
+    if known and job.ranks.is_main:
+        log.warning(
+            "held-out task %r has an expert in pool %s (%d of %d do), so these scores are not of unseen tasks",
+            known[0], pool.path, len(known), len(job.tasks.held_out),
+        )  # fmt: skip
     key = rows_key(job, pool)
     rows = job.run_dir / "rows"
     todo = [kind for kind in cfg.evaluate.routers if _stored(rows / f"{kind}.json", key) is None]
@@ -100,7 +106,9 @@ def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str],
         done = len(cfg.routers) - len(todo)
         for kind in progress(todo, desc="routers", enabled=job.ranks.is_main):
             job.run.progress("rows", done, len(cfg.routers))
-            partial = PartialRow(rows / "partial", kind, key, job.ranks, len(pool), cfg.save_minutes)
+            # Answers may depend on what shares a batch.
+            shape = f"{key}/{job.ranks.world}/{cfg.batch_size}"
+            partial = PartialRow(rows / "partial", kind, shape, job.ranks, len(pool), cfg.save_minutes)
             result, routing = evaluate_router(job, pool, kind, queries, router, partial)
             _check_unchanged(job, key)
             if job.ranks.is_main:
@@ -153,7 +161,7 @@ def rows_key(job: Job, pool: ExpertPool) -> str:
             "batch_size": None,
             "save_minutes": None,
         },
-        "base_dtype": [cfg.dtype, cfg.device],
+        "computed_in": job.computes_in,
         **query_settings(job),
     }
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

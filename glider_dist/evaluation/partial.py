@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 class PartialRow:
     """One router's answers so far. All ranks make it together.
 
-    A job with another number of ranks starts the row anew, since answers may depend on what shares a batch.
+    Args:
+        key: what answers of earlier starts must have been given for.
 
     Attributes:
         known: answers of earlier starts, by position of the query.
@@ -31,7 +32,7 @@ class PartialRow:
 
     def __init__(self, folder: Path, kind: str, key: str, ranks: Ranks, experts: int, minutes: float):
         self._folder, self._kind, self._ranks = folder, kind, ranks
-        self._key = f"{key}/{ranks.world}"
+        self._key = key
         # Of this start alone: files of earlier ones stay as they are.
         self._path = folder / f"{kind}.{ranks.rank}.{secrets.token_hex(4)}.json"
         self._seconds = 60 * minutes

@@ -28,7 +28,7 @@ class Query:
     Attributes:
         instruction: the part of the prompt that is embedded for the global router.
         encoded: token ids of the prompt and of the target.
-        owner: position of the task's own expert in the pool, or None if the pool has none.
+        owner: position of a held-in task's own expert in the pool, or None if the pool has none.
     """
 
     task: Task
@@ -51,7 +51,8 @@ def make_queries(
                 encoded = collator.encode(prompt(instruction, example), answer(example.target))
             except GliderError as error:
                 raise GliderError(f"task {task.name!r}, {part}, example {example.id!r}: {error}") from None
-            queries.append(Query(task, example, instruction, encoded, position.get(task.name)))
+            owner = position.get(task.name) if task.split == "held_in" else None
+            queries.append(Query(task, example, instruction, encoded, owner))
     return queries
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from glider_dist.lora.bank import SiteBank
+from glider_dist.routing.local import exact_product
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def add_blocks(
     factor_G11 = of_blocks(bank.scale).to(exact)[:, None, None]
     if gates_Ed is not None:
         gates_Gd1 = of_blocks(gates_Ed).to(exact)[:, :, None]
-        factor_G11 = factor_G11 * torch.bmm(x_Gtd.to(exact), gates_Gd1).sigmoid()
+        factor_G11 = factor_G11 * exact_product(x_Gtd.to(exact), gates_Gd1).sigmoid()
     h_Gtr = (h_Gtr.to(exact) * factor_G11).to(x_Td.dtype)
     out_Gto = torch.bmm(h_Gtr, of_blocks(bank.B).to(x_Td.dtype))
     return y_To + out_Gto.view_as(y_To).to(y_To.dtype)

@@ -26,7 +26,7 @@ from glider_dist.parallel.placement import Placement, contiguous
 from glider_dist.parallel.probe import measure_costs
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.calibration import read_calibration
-from glider_dist.routing.strategies import check_router, resolved, strategy_of
+from glider_dist.routing.strategies import check_router, local_scores, resolved, strategy_of
 
 log = logging.getLogger(__name__)
 _CONTEXT = "_glider_context"
@@ -45,6 +45,9 @@ def attach_pool(
     cache_bytes: int = CACHE_BYTES,
 ) -> nn.Module:
     """Route a Hugging Face model through the experts of a pool; the model itself is changed and returned.
+
+    With gradient checkpointing, each backward must come before the next forward and inside its ``query_scores``:
+    recomputed layers route by the model's latest mask and scores.
 
     Args:
         model: any causal or encoder-decoder model, already on its device.
@@ -95,8 +98,9 @@ def attach_pool(
         context = _install_part(
             model, pool, dtype, device, mesh, placed, dispatch, costs, cache_bytes, not missing
         )
+    context.pool = pool
     try:
-        set_router(model, router, pool)
+        set_router(model, router)
     except GliderError:
         detach(model)
         raise
@@ -177,10 +181,18 @@ def context_of(model: nn.Module) -> RoutingContext:
 
 
 def set_router(model: nn.Module, router: RouterConfig, pool: ExpertPool | None = None) -> None:
-    """Switch the router of an attached model; its experts stay loaded."""
+    """Switch the router of an attached model; its experts stay loaded.
+
+    Args:
+        router: settings left at None take the calibration of the pool that was attached.
+        pool: whose calibration is taken instead.
+    """
     context = context_of(model)
-    uses = strategy_of(router).uses_global
-    full, guessed = resolved(router, read_calibration(pool) if pool is not None and uses else {})
+    uses, pool = strategy_of(router).uses_global, pool or context.pool
+    stored = {}
+    if uses and pool is not None and None in (router.alpha_in, router.alpha_out, router.threshold):
+        stored = read_calibration(pool, local_scores(router))
+    full, guessed = resolved(router, stored)
     context.use(full)
     if guessed and uses:
         log.warning(

@@ -26,7 +26,8 @@ from glider_dist.model.shared import SharedInputs
 from glider_dist.model.tokens import Stacks, Tokens
 from glider_dist.parallel.dispatch import Dispatch
 from glider_dist.parallel.exchange import in_backward
-from glider_dist.routing.local import Inputs, at_least_fp32
+from glider_dist.pool import ExpertPool
+from glider_dist.routing.local import Inputs, at_least_fp32, exact_product
 from glider_dist.routing.query_scores import QueryScores
 from glider_dist.routing.route import Route, assigned_route
 from glider_dist.routing.strategies import (
@@ -66,6 +67,7 @@ class RoutingContext:
         eligible: dict[str, torch.Tensor] | None = None,
     ):
         self.names = names
+        self.pool: ExpertPool | None = None
         self.banks = banks
         self.gates = gates
         self.prototypes = Prototypes(gates)
@@ -266,7 +268,7 @@ class RoutingContext:
     def gate_weight(self, site: str, x_Td: torch.Tensor) -> torch.Tensor:
         """``σ(v·u)`` of a bank's only expert; ``[T]``."""
         x_Td = at_least_fp32(x_Td)
-        return (x_Td @ self.gates[site][0].to(x_Td.dtype)).sigmoid()
+        return exact_product(x_Td, self.gates[site][0].to(x_Td.dtype)).sigmoid()
 
     def count(self, site: str, counts_E: torch.Tensor) -> None:
         # Not again when activations are recomputed in a backward pass.

@@ -29,8 +29,13 @@ def _experts_digest(pool: ExpertPool) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def read_calibration(pool: ExpertPool) -> dict[str, Any]:
-    """The pool's calibration as stored; empty if there is none. Warns if other experts were calibrated.
+def read_calibration(pool: ExpertPool, local_scores: list[str | float]) -> dict[str, Any]:
+    """The pool's calibration as stored; empty if there is none.
+
+    Warns if other experts were calibrated, or other local scores, by which the alphas are measured.
+
+    Args:
+        local_scores: of the router that takes it (``routing.strategies.local_scores``).
 
     Raises:
         GliderError: it is no JSON object.
@@ -42,6 +47,12 @@ def read_calibration(pool: ExpertPool) -> dict[str, Any]:
     noted = value.get("made_for")
     if isinstance(noted, dict) and noted.get("experts") != _experts_digest(pool):
         log.warning("%s was made for other experts than the pool has now; run calibrate again", path)
+    made_with = value.get("local_scores")
+    if made_with and local_scores and made_with != local_scores:
+        log.warning(
+            "%s was made for the local scores %s, this router has %s; run calibrate with it",
+            path, made_with, local_scores,
+        )  # fmt: skip
     return value
 
 

@@ -15,6 +15,15 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` in their own dtype, also where ``torch.autocast`` would round both to half precision."""
+    device = a.device.type
+    if not torch.is_autocast_enabled(device):
+        return a @ b
+    with torch.autocast(device, enabled=False):
+        return a @ b
+
+
 _EPS = 1e-5
 
 
@@ -49,7 +58,7 @@ def gate_scores(inputs: Inputs, prototypes_Ed: torch.Tensor) -> torch.Tensor:
 
     The mean of u need not be subtracted: that of the prototypes is 0.
     """
-    return (inputs.x_Td @ prototypes_Ed.t().to(inputs.x_Td.dtype)) * inputs.inverse_T[:, None]
+    return exact_product(inputs.x_Td, prototypes_Ed.t().to(inputs.x_Td.dtype)) * inputs.inverse_T[:, None]
 
 
 def arrow_prototypes(a_Erd: torch.Tensor, b_Eor: torch.Tensor) -> torch.Tensor:
@@ -67,4 +76,4 @@ def arrow_prototypes(a_Erd: torch.Tensor, b_Eor: torch.Tensor) -> torch.Tensor:
 def arrow_scores(x_Td: torch.Tensor, prototypes_Ed: torch.Tensor, temperature: float) -> torch.Tensor:
     """``|v_e · u| / temperature`` (Arrow, Ostapenko et al. 2024); ``[T, E]``."""
     x_Td = at_least_fp32(x_Td)
-    return (x_Td @ prototypes_Ed.t().to(x_Td.dtype)).abs() / temperature
+    return exact_product(x_Td, prototypes_Ed.t().to(x_Td.dtype)).abs() / temperature

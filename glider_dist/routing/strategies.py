@@ -67,6 +67,12 @@ GLIDER_LOCAL: dict[str, Local] = {"gate": "gate", "arrow": "arrow", "lag": "lag"
 PUBLISHED = {"alpha_in": 100.0, "alpha_out": 3.0, "threshold": 0.5}
 
 
+def local_scores(config: RouterConfig) -> list[str | float]:
+    """What a router's local scores are, as far as the scale of alpha depends on it; [] if it has none."""
+    local = strategy_of(config).local
+    return [] if local is None else [local, config.temperature if local in ("arrow", "lag") else 1.0]
+
+
 def resolved(config: RouterConfig, calibration: dict[str, Any]) -> tuple[RouterConfig, bool]:
     """Fill ``alpha_in``, ``alpha_out`` and ``threshold`` from the calibration, else from :data:`PUBLISHED`.
 

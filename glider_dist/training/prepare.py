@@ -21,6 +21,18 @@ from glider_dist.training.trainee import Recipe, Trainee
 from glider_dist.training.unfinished import Facts, digest
 
 SHARES = "shares.json"
+_OF_THE_JOB = {
+    "experts_in_flight",
+    "replicas",
+    "micro_batch_size",
+    "micro_batch_tokens",
+    "moments",
+    "save_steps",
+    "save_minutes",
+    "keep_last",
+    "gradient_checkpointing",
+}
+"""Settings of ``train`` that no single task can have."""
 
 
 def prepare(job: Job, tasks: Sequence[Task], kind: str) -> tuple[list[Trainee], Replicas]:
@@ -109,6 +121,11 @@ def task_facts(task: Task) -> Facts:
 
 def _recipe(job: Job, task: Task, gate: bool) -> Recipe:
     """The configured recipe with the task's own settings in place of the job's."""
+    if of_the_job := sorted(set(task.settings) & _OF_THE_JOB):
+        raise GliderError(
+            f"the settings of task {task.name!r} under 'train': {of_the_job[0]} is the whole job's; set "
+            f"train.{of_the_job[0]} in the configuration"
+        )
     try:
         train: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(job.cfg.train), task.settings))
         Config(train=train).validate()
@@ -119,7 +136,7 @@ def _recipe(job: Job, task: Task, gate: bool) -> Recipe:
 
 
 def _trainee(job: Job, task: Task, recipe: Recipe) -> Trainee:
-    validation = _encoded(job, task, "validation", job.cfg.train.eval_examples)
+    validation = _encoded(job, task, "validation", recipe.eval_examples)
     return Trainee(task.name, _encoded(job, task, "train", None), validation, recipe)
 
 

@@ -30,6 +30,7 @@ class Recipe:
     eval_every: int
     patience: int | None
     max_failures: int
+    eval_examples: int
 
     @staticmethod
     def of(train: TrainConfig, seed: int, gate: bool = False) -> Recipe:
@@ -44,6 +45,7 @@ class Recipe:
             eval_every=train.eval_every,
             patience=train.patience,
             max_failures=train.max_failures,
+            eval_examples=train.eval_examples,
         )
 
     def update(self, step: int) -> Update:
