@@ -14,6 +14,7 @@ from small_jobs import describe_and_index
 import glider_dist as gd
 from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
+from glider_dist.model.attach import context_of
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.adapter import GATE_FILE, WEIGHTS_FILE
 from glider_dist.pool.calibration import CALIBRATION_FILE, made_for
@@ -72,3 +73,22 @@ def test_a_calibration_of_other_experts_is_warned_of_where_it_is_used(
         assert not caplog.records
         gd.set_router(base, RouterConfig(), smaller)
     assert "was made for other experts than the pool has now; run calibrate again" in caplog.text
+
+
+def test_another_router_of_an_attached_model_takes_the_pools_calibration(
+    pool: ExpertPool, base: torch.nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    value = {"alpha_in": 7.0, "alpha_out": 2.0, "threshold": 0.4, "local_scores": ["gate", 1.0]}
+    (pool.router_dir / CALIBRATION_FILE).parent.mkdir(exist_ok=True)
+    (pool.router_dir / CALIBRATION_FILE).write_text(json.dumps(value))
+    gd.attach_pool(base, pool, RouterConfig(kind="phatgoose"))
+    with caplog.at_level(logging.WARNING):
+        gd.set_router(base, RouterConfig(alpha_out=1.0))
+        taken = context_of(base).router
+        assert (taken.alpha_in, taken.alpha_out, taken.threshold) == (7.0, 1.0, 0.4)
+        gd.set_router(base, RouterConfig(kind="global"))
+        gd.set_router(base, RouterConfig(local="arrow", alpha_in=1.0, alpha_out=1.0, threshold=0.5))
+        assert not caplog.records
+        # Arrow's scores are on another scale than the gates', by which these alphas were chosen.
+        gd.set_router(base, RouterConfig(local="arrow", temperature=0.5))
+    assert "was made for the local scores ['gate', 1.0], this router has ['arrow', 0.5]" in caplog.text

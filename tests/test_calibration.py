@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from glider_dist.evaluation.calibrate import choose
+from glider_dist.config import RouterConfig
+from glider_dist.evaluation.calibrate import best_cosine, choose
 
 ALPHAS = [1.0, 3.0, 10.0, 30.0, 100.0]
 
@@ -57,3 +59,26 @@ def test_alpha_outside_never_exceeds_alpha_inside():
     losses, cosines = queries([0.1, 0.5, 0.6, 0.7, 0.8], [0.9, 0.8, 0.7, 0.6, 0.1], noise=0.0)
     chosen = choose(losses, cosines, ALPHAS)
     assert chosen["alpha_in"] >= chosen["alpha_out"]
+
+
+def test_the_threshold_is_not_between_two_ranges_that_fit():
+    """Two far thresholds fit as well; what lies between them loses far more."""
+    cosines = np.linspace(0.1, 0.9, 60)
+    low, high = (cosines > 0.3) & (cosines < 0.5), (cosines > 0.5) & (cosines < 0.7)
+    inside = np.where(low, 0.0, np.where(high, 1.0, 0.5))
+    outside = np.where(low, 1.0, np.where(high, 0.0, 0.5))
+    losses = np.stack([outside, inside])
+    threshold = choose(losses, cosines, [3.0, 100.0])["threshold"]
+    loss = np.where(cosines > threshold, inside, outside).mean()
+    least = min(np.where(cosines > p, inside, outside).mean() for p in np.linspace(0, 1, 200))
+    assert loss < least + 0.1
+
+
+def test_an_expert_that_no_query_may_choose_does_not_describe_one():
+    similarity = torch.tensor([[0.9, 0.2, 0.3], [0.9, 0.1, float("-inf")]])
+    names = ("general", "a", "b")
+    arrow = RouterConfig(local="arrow", general=["general"])
+    assert best_cosine(similarity, names, arrow).tolist() == pytest.approx([0.3, 0.1])
+    assert best_cosine(similarity[1:, [0, 2]], ("general", "b"), arrow).tolist() == [-1.0]
+    # Gates take no notice of it, and neither does the router's own maximum.
+    assert best_cosine(similarity, names, RouterConfig(general=["general"])).tolist() == pytest.approx([0.9, 0.9])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glider_dist.routing.local import Inputs, gate_prototypes, gate_scores
+from glider_dist.routing.local import Inputs, arrow_scores, gate_prototypes, gate_scores
 
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -57,3 +57,18 @@ def test_a_row_of_one_value_has_scores_of_zero_and_finite_gradients():
 
 def test_no_token_has_no_score():
     assert ours(torch.zeros(0, 8), torch.randn(3, 8)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("way", ["gate", "arrow"])
+def test_scores_are_as_exact_under_autocast(way: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, gates = (torch.randn(rows, 96, generator=generator) for rows in (50, 7))
+
+    def scores() -> torch.Tensor:
+        return ours(x, gates) if way == "gate" else arrow_scores(x, gates, 0.5)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ gates.t()).dtype == torch.bfloat16
+        assert torch.equal(scores(), scores().float())
+        found = scores()
+    assert torch.equal(found, scores())

@@ -77,12 +77,16 @@ def test_a_pool_trained_over_a_quantised_base_serves_over_both(folder: Path, wid
     assert losses[-1] < losses[0]
     assert card["training"]["base_bits"] == bits
     describe_and_index(pool)
-    for run, changes in (("quantised", {"base_bits": bits}), ("plain", {})):
+    keys: list[str] = []
+    for changes in ({"base_bits": bits}, {}):
         with cores(1):
-            ways = {**words, **changes, "run_dir": folder / run, "evaluate__routers": "[phatgoose]"}
+            ways = {**words, **changes, "evaluate__routers": "[phatgoose]"}
             outcome = command("evaluate", *settings(folder, **ways))
         assert outcome.code == 0, outcome.err
-        assert read_json(folder / run / "results.json")
+        assert read_json(folder / "run" / "results.json")
+        keys.append(read_json(folder / "run" / "rows" / "phatgoose.json")["key"])
+    # The second did not take the first one's answers for its own, although both have one run directory.
+    assert keys[0] != keys[1]
 
 
 @pytest.mark.jobs

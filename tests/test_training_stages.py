@@ -43,11 +43,13 @@ def stage(job: Path, name: str, **changes: Any) -> Any:
 def test_a_task_has_its_own_training_settings_and_the_others_do_not_notice(job):
     assert stage(job, "train-experts").code == 0
     plain = adapters(job / "pool")
-    with_settings(job, copy={"max_steps": 3, "learning_rate": 1e-4})
+    with_settings(job, copy={"max_steps": 3, "learning_rate": 1e-4, "eval_examples": 1})
     assert stage(job, "train-experts", pool=job / "other").code == 0
     other = adapters(job / "other")
     training = ExpertPool.open(job / "other").expert("copy").card()["training"]
     assert (training["steps"], training["learning_rate"]) == (3, 1e-4)
+    assert training["validation_examples"] == 1
+    assert ExpertPool.open(job / "other").expert("upper").card()["training"]["validation_examples"] == 6
     for key, value in plain["upper"].items():
         assert torch.equal(value, other["upper"][key])
     assert any(not torch.equal(value, other["copy"][key]) for key, value in plain["copy"].items())
@@ -59,6 +61,7 @@ def test_a_task_has_its_own_training_settings_and_the_others_do_not_notice(job):
         ({"learning_rat": 1.0}, "learning_rat"),
         ({"max_steps": 0}, "train.max_steps is 0"),
         ({"max_steps": "x"}, "'x'"),
+        ({"save_steps": 5}, "save_steps is the whole job's; set train.save_steps in the configuration"),
     ],
 )
 def test_a_wrong_setting_of_a_task_is_named_before_anything_is_trained(job, settings_of, said):

@@ -102,7 +102,7 @@ def run(job: Job) -> None:
         detach(model)
     nll = np.stack([kept.nll[alpha] for alpha in cfg.calibrate.alphas])
     losses = 1 - np.exp(-nll)
-    best = _best_cosine(both, pool.names, glider)
+    best = best_cosine(both, pool.names, glider)
     chosen = choose(losses, best, cfg.calibrate.alphas)
     if job.ranks.is_main:
         write_json(
@@ -129,7 +129,7 @@ def run(job: Job) -> None:
     job.ranks.barrier()
 
 
-def _best_cosine(similarity_NE: torch.Tensor, names: Sequence[str], router: RouterConfig) -> np.ndarray:
+def best_cosine(similarity_NE: torch.Tensor, names: Sequence[str], router: RouterConfig) -> np.ndarray:
     """``[N]`` fp64, over the experts that a query may choose, as the router takes it; -1 if there is none."""
     if strategy_of(router).by_weights and router.general:
         general = torch.tensor([names.index(name) for name in router.general])

@@ -167,6 +167,7 @@ class Trainee:
             "batch_size": recipe.batch_size,
             "learning_rate": recipe.learning_rate,
             "best_step": progress.best_step,
+            "validation_examples": len(self.validate),
             "validation": [[step, round(loss, 6)] for step, loss in progress.validation],
             "tokens": progress.tokens,
         }
