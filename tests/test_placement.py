@@ -85,6 +85,7 @@ def test_a_job_that_goes_on_keeps_its_placement_whatever_would_be_made_now(
     (tmp_path / "placement.json").write_text(json.dumps(odd))
     (tmp_path / "results.json").unlink(missing_ok=True)
     caplog.set_level(logging.INFO, "glider_dist")
+    caplog.clear()
     assert placed(*words) == (1, 1, 1, 0)
     assert "placement of the experts" not in caplog.text
     assert placed("mesh.placement=contiguous", ranks=4) == (0, 1, 2, 3)
