@@ -83,3 +83,15 @@ def test_a_job_that_cannot_be_queued_again_says_so(tmp_path: Path) -> None:
     end = ended(tmp_path, 0, "0:85 1:85", SCONTROL_FAILS=1000)
     assert (end.code, end.queued) == (85, False)
     assert "scontrol has not queued it again" in end.last
+
+
+@pytest.mark.parametrize("step", [138, 140, 143])
+@pytest.mark.parametrize("ranks", ["", "0:85", "0:0"])
+def test_ranks_that_a_signal_ends_while_they_load_are_queued_again(tmp_path: Path, step: int, ranks: str) -> None:
+    assert ended(tmp_path, step, ranks).queued
+
+
+@pytest.mark.parametrize(("step", "ranks"), [(143, "0:1"), (143, "0:2"), (137, ""), (1, ""), (0, "0:0")])
+def test_a_crash_or_a_mistake_is_not_queued_again(tmp_path: Path, step: int, ranks: str) -> None:
+    end = ended(tmp_path, step, ranks)
+    assert (end.code, end.queued) == (2 if ranks == "0:2" else step or 1, False)
