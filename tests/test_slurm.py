@@ -298,7 +298,7 @@ def test_scripts_pass_shellcheck_and_slurms_own_test(work: Work) -> None:
         site = f"site={work.folder / 'site.env'}"
         made = command("slurm", "render", *words, *tasks, f"run_dir={out}", site, "nodes=3", "shards=2")
         assert made.code == 0, made.err
-        scripts = sorted((out / "slurm").iterdir())
+        scripts = sorted((out / "slurm").glob("*.s*"))
         assert len(scripts) >= 6
         checked = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, check=False)
         assert checked.returncode == 0, checked.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -186,6 +187,22 @@ def test_words_reach_the_stage_as_they_were_typed(job: Path) -> None:
     assert shown[0] == "evaluate"
     assert odd in shown
     assert f"run_dir={job / 'run' / 'evaluate'}" in shown
+
+
+def test_jobs_read_the_configuration_as_it_was_when_they_were_submitted(job: Path) -> None:
+    file = job / "mine.yaml"
+    for steps in (5, 7):
+        file.write_text(f"train:\n  max_steps: {steps}\n")
+        done = command("slurm", "render", str(file), *settings(job, base=job / "base"))
+        assert done.code == 0, done.err
+    scripts = job / "run/slurm"
+    (named,) = re.findall(r"config-\S+\.yaml", (scripts / "evaluate.sbatch").read_text())
+    file.write_text("train:\n  max_steps: 9\n")
+    assert f"evaluate {scripts / named} " in (scripts / "evaluate.sbatch").read_text()
+    kept = {path.name: path.read_text() for path in scripts.glob("config-*")}
+    assert kept[named].endswith("max_steps: 7\n")
+    # Jobs of the submission before may still be queued.
+    assert len(kept) == 2
 
 
 @pytest.mark.parametrize(("shard", "wanted"), [("0/2", ["copy", "last"]), ("1/2", ["upper"]), ("4/5", [])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from collections.abc import Sequence
 from dataclasses import fields
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 USAGE = """usage: glider-dist slurm ACTION [CONFIG.yaml] [key=value ...] [--dry-run]
 
-  slurm render    write the batch scripts of the pipeline and submit.sh, which submits them, to RUN_DIR/slurm
+  slurm render    write the batch scripts of the pipeline and submit.sh, which submits them, to RUN_DIR/slurm,
+                  with a copy of CONFIG.yaml, which the jobs read
   slurm submit    the same, and submit them; each line printed is a stage and its job
   --dry-run       print the scripts instead
 
@@ -69,12 +71,18 @@ def run(arguments: Arguments) -> int:
     run_dir = Path(cfg.run_dir or "runs/slurm").absolute()
     cfg.pool = str(Path(cfg.pool).absolute() if cfg.pool else run_dir / "pool")
     known = [stage for stage in _STAGES if stage in COMMANDS]
-    scripts = render(cfg, arguments.file, overrides, run_dir, known)
     folder = run_dir / "slurm"
+    written = arguments.file.read_bytes() if arguments.file else b""
+    # Jobs start, and start again, long after this: what they read must not change with the user's file.
+    file = folder / f"config-{hashlib.sha256(written).hexdigest()[:12]}.yaml" if arguments.file else None
+    scripts = render(cfg, file, overrides, run_dir, known)
     if arguments.dry_run:
         for name, text in scripts.items():
             print(f"==> {folder / name} <==\n{text}")
         return 0
+    if file:
+        with replacing(file) as temporary:
+            temporary.write_bytes(written)
     for name, text in scripts.items():
         with replacing(folder / name) as temporary:
             temporary.write_text(text)
@@ -96,6 +104,7 @@ def render(
     """The scripts by name, in order of submission; ``submit.sh`` comes last.
 
     Args:
+        file: the configuration that the jobs read.
         overrides: ``key=value`` as typed; those of ``slurm`` are not for the stages.
         known: stages that there are.
 
@@ -120,7 +129,7 @@ def render(
         }
         if link.shards:
             settings["GLIDER_SHARDS"] = str(cfg.slurm.shards)
-        words = [link.stage, *([str(file.absolute())] if file else [])]
+        words = [link.stage, *([str(file)] if file else [])]
         words += [item for item in overrides if not item.startswith(("slurm.", "pool=", "run_dir="))]
         words += [f"pool={cfg.pool}", f"run_dir={run_dir / link.stage}"]
         return stage_script(template, directives(link, cfg, site, run_dir / "slurm"), settings, words)
