@@ -146,6 +146,26 @@ def test_settings_of_the_site_become_options_of_sbatch(job: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("site", "wanted"),
+    [
+        ("", ["--mem=900G", "--partition=gpu", "--qos=long", "--constraint=h100", "--exclusive"]),
+        ("FETCH_PARTITION=login\nFETCH_OPTIONS=(--mem=8G)", ["--partition=login", "--mem=8G"]),
+        ("FETCH_PARTITION=login\nunset FETCH_OPTIONS", ["--partition=login"]),
+    ],
+)
+def test_fetch_on_its_own_partition_asks_for_nothing_that_the_other_nodes_have(
+    job: Path, site: str, wanted: list[str]
+) -> None:
+    others = "PARTITION=gpu\nQOS=long\nCONSTRAINT=h100\nMEMORY=900G\nACCOUNT=lab\nOPTIONS=(--exclusive)\n"
+    (job / "mine.env").write_text((REPOSITORY / "slurm/site.env").read_text() + others + site)
+    script = slurm(job, "render", f"site={job / 'mine.env'}", "stages=[fetch]")["fetch.sbatch"]
+    lines = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH --")]
+    asked = ("--mem", "--partition", "--qos", "--constraint", "--exclusive")
+    assert [line for line in lines if line.startswith(asked)] == wanted
+    assert "--account=lab" in lines
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["run"], "slurm does render and submit"),
