@@ -128,6 +128,28 @@ def test_shards_that_the_pool_has_are_left_out(job: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("earlier", "kept", "later"),
+    [(3, "shard-2/checkpoints", 2), (3, "shard-0/checkpoints", 1), (1, "checkpoints", 3)],
+)
+def test_unfinished_training_is_not_dropped_by_another_number_of_shards(
+    job: Path, earlier: int, kept: str, later: int
+) -> None:
+    words = ["slurm", "render", "stages=[train-experts]", *settings(job, base=job / "base")]
+    assert command(*words, f"shards={earlier}").code == 0
+    assert command(*words, f"shards={later}").code == 0, "nothing has been trained"
+    assert command(*words, f"shards={earlier}").code == 0
+    step = job / "run/train-experts" / kept / "expert/copy/step-00000010.safetensors"
+    step.parent.mkdir(parents=True)
+    step.touch()
+    done = command(*words, f"shards={later}")
+    assert done.code == 2
+    assert f"unfinished training of shards={earlier}" in done.errors[0]
+    assert command(*words, f"shards={earlier}").code == 0
+    step.unlink()
+    assert command(*words, f"shards={later}").code == 0
+
+
 def test_settings_of_the_site_become_options_of_sbatch(job: Path) -> None:
     text = (REPOSITORY / "slurm/site.env").read_text()
     for line in (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.planning.slurm_chain import Link, make_chain
+from glider_dist.planning.slurm_earlier import check_shards
 from glider_dist.planning.slurm_script import (
     RANK,
     SITE,
@@ -57,7 +58,8 @@ def run(arguments: Arguments) -> int:
     """Render or submit; returns the exit code.
 
     Raises:
-        GliderError: a wrong action, configuration, site file or stage, or sbatch refuses a job.
+        GliderError: a wrong action, configuration, site file or stage, there is unfinished training of another
+            number of shards, or sbatch refuses a job.
     """
     from glider_dist.commands import COMMANDS
 
@@ -117,6 +119,7 @@ def render(
             raise GliderError(f"{folder} has no {name}; name the repository's folder slurm/ by slurm.scripts")
     site = Site.read(Path(cfg.slurm.site).absolute() if cfg.slurm.site else folder / SITE)
     chain = make_chain(cfg, known, cfg.slurm.ranks or site.number("RANKS_PER_NODE", 1))
+    check_shards(chain, cfg.slurm.shards, run_dir)
     site.number("CPUS_PER_RANK", 1)
     template = (folder / TEMPLATE).read_text()
 
