@@ -110,7 +110,9 @@ def _quoted(option: str) -> str:
 
 
 def chain_script(chain: Sequence[Link], folder: Path, submit_dir: Path) -> str:
-    """A script that submits all jobs or none and prints each stage's id."""
+    """A script that submits all jobs or none and prints each stage's id. The first stage waits until the jobs of
+    earlier submissions have ended, however they end: they hold the experts that they still train."""
+    jobs = shlex.quote(str(folder / "jobs"))
     lines = [
         "#!/bin/bash",
         "# Submits the pipeline; if one job is refused, those before it are cancelled.",
@@ -118,10 +120,19 @@ def chain_script(chain: Sequence[Link], folder: Path, submit_dir: Path) -> str:
         f"cd {shlex.quote(str(submit_dir))}",
         "submitted=()",
         """trap '[ "${#submitted[@]}" = 0 ] || scancel "${submitted[@]}"' ERR""",
+        f"jobs={jobs} earlier=",
+        # A controller that is away, or knows none of these jobs any more, fails: nothing is waited for then.
+        "states=PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING",
+        'if [ -s "$jobs" ] && queue=$(squeue -h -j "$(paste -sd, "$jobs")" -t "$states" -o %F 2> /dev/null); then',
+        """  sort -u <<< "$queue" | sed '/^$/d' > "$jobs\"""",
+        '  earlier=$(paste -sd: "$jobs")',
+        '  [ -z "$earlier" ] || echo "waits for the earlier jobs ${earlier//:/, }" >&2',
+        "fi",
         "submit() {  # STAGE OPTION...",
         "  local id",
         f'  id=$(sbatch --parsable "${{@:2}}" {shlex.quote(str(folder))}/"$1.sbatch")',
         '  submitted+=("${id%%;*}")',
+        '  echo "${id%%;*}" >> "$jobs"',
         '  echo "$1 ${id%%;*}"',
         "}",
     ]
@@ -131,6 +142,8 @@ def chain_script(chain: Sequence[Link], folder: Path, submit_dir: Path) -> str:
         if link.after is not None:
             kind = "aftercorr" if link.matching else "afterok"
             words += [f'"--dependency={kind}:${{submitted[{place[link.after]}]}}"', "--kill-on-invalid-dep=yes"]
+        else:
+            words.append('${earlier:+"--dependency=afterany:$earlier"}')
         place[link.stage] = len(place)
         lines.append(" ".join(words))
     return "\n".join(lines) + "\n"
