@@ -200,6 +200,29 @@ def test_a_member_of_an_array_is_queued_again_alone(work: Work) -> None:
 
 
 @pytest.mark.slow
+def test_submitting_again_while_members_run_waits_for_them(work: Work) -> None:
+    words = ("shards=2", "stages=[train-experts]")
+    first = work.submit(*words, **LONG)["train-experts"]
+    work.until_in_the_middle(f"{first}_0", "train-experts/shard-0", len(HELD_IN[0::2]))
+    second = work.submit(*words, **LONG)["train-experts"]
+    assert f"afterany:{first}_" in work.slurm.show(second)["Dependency"]
+    done(work, second)
+    assert set(work.slurm.job_states(first)) == {"COMPLETED"}
+    assert "being written by another job" not in work.text("train-experts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["TERM", "USR1", "USR2"])
+def test_a_signal_before_python_has_loaded_costs_a_restart_alone(work: Work, how: str) -> None:
+    once = f'mkdir {work.folder}/once 2> /dev/null && kill -{how} $$; exec {sys.executable} "$@"'
+    with open(work.folder / "site.env", "a") as site:
+        site.write(f"PYTHON=(bash -c '{once}' rank)\n")
+    job = work.submit("nodes=2", "stages=[train-experts]")["train-experts"]
+    done(work, job)
+    assert work.slurm.show(job)["Restarts"] == "1"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["a rank", "the batch script"])
 def test_a_node_that_dies_costs_the_job_a_restart_on_the_others(work: Work, uninterrupted: Path, of: str) -> None:
     job = work.submit("nodes=2", "stages=[train-experts]", **LONG)["train-experts"]
@@ -298,7 +321,7 @@ def test_scripts_pass_shellcheck_and_slurms_own_test(work: Work) -> None:
         site = f"site={work.folder / 'site.env'}"
         made = command("slurm", "render", *words, *tasks, f"run_dir={out}", site, "nodes=3", "shards=2")
         assert made.code == 0, made.err
-        scripts = sorted((out / "slurm").iterdir())
+        scripts = sorted((out / "slurm").glob("*.s*"))
         assert len(scripts) >= 6
         checked = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, check=False)
         assert checked.returncode == 0, checked.stdout

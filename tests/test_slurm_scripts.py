@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -127,6 +128,28 @@ def test_shards_that_the_pool_has_are_left_out(job: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("earlier", "kept", "later"),
+    [(3, "shard-2/checkpoints", 2), (3, "shard-0/checkpoints", 1), (1, "checkpoints", 3)],
+)
+def test_unfinished_training_is_not_dropped_by_another_number_of_shards(
+    job: Path, earlier: int, kept: str, later: int
+) -> None:
+    words = ["slurm", "render", "stages=[train-experts]", *settings(job, base=job / "base")]
+    assert command(*words, f"shards={earlier}").code == 0
+    assert command(*words, f"shards={later}").code == 0, "nothing has been trained"
+    assert command(*words, f"shards={earlier}").code == 0
+    step = job / "run/train-experts" / kept / "expert/copy/step-00000010.safetensors"
+    step.parent.mkdir(parents=True)
+    step.touch()
+    done = command(*words, f"shards={later}")
+    assert done.code == 2
+    assert f"unfinished training of shards={earlier}" in done.errors[0]
+    assert command(*words, f"shards={earlier}").code == 0
+    step.unlink()
+    assert command(*words, f"shards={later}").code == 0
+
+
 def test_settings_of_the_site_become_options_of_sbatch(job: Path) -> None:
     text = (REPOSITORY / "slurm/site.env").read_text()
     for line in (
@@ -142,6 +165,26 @@ def test_settings_of_the_site_become_options_of_sbatch(job: Path) -> None:
     wanted = {"--partition=gpu", '"--account=my lab"', "--gpus-per-node=4", "--ntasks-per-node=4", "--exclusive"}
     assert wanted | {"--reservation=x", "--time=30"} <= set(lines)
     assert "#SBATCH --partition=login\n" in scripts["fetch.sbatch"]
+
+
+@pytest.mark.parametrize(
+    ("site", "wanted"),
+    [
+        ("", ["--mem=900G", "--partition=gpu", "--qos=long", "--constraint=h100", "--exclusive"]),
+        ("FETCH_PARTITION=login\nFETCH_OPTIONS=(--mem=8G)", ["--partition=login", "--mem=8G"]),
+        ("FETCH_PARTITION=login\nunset FETCH_OPTIONS", ["--partition=login"]),
+    ],
+)
+def test_fetch_on_its_own_partition_asks_for_nothing_that_the_other_nodes_have(
+    job: Path, site: str, wanted: list[str]
+) -> None:
+    others = "PARTITION=gpu\nQOS=long\nCONSTRAINT=h100\nMEMORY=900G\nACCOUNT=lab\nOPTIONS=(--exclusive)\n"
+    (job / "mine.env").write_text((REPOSITORY / "slurm/site.env").read_text() + others + site)
+    script = slurm(job, "render", f"site={job / 'mine.env'}", "stages=[fetch]")["fetch.sbatch"]
+    lines = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH --")]
+    asked = ("--mem", "--partition", "--qos", "--constraint", "--exclusive")
+    assert [line for line in lines if line.startswith(asked)] == wanted
+    assert "--account=lab" in lines
 
 
 @pytest.mark.parametrize(
@@ -186,6 +229,22 @@ def test_words_reach_the_stage_as_they_were_typed(job: Path) -> None:
     assert shown[0] == "evaluate"
     assert odd in shown
     assert f"run_dir={job / 'run' / 'evaluate'}" in shown
+
+
+def test_jobs_read_the_configuration_as_it_was_when_they_were_submitted(job: Path) -> None:
+    file = job / "mine.yaml"
+    for steps in (5, 7):
+        file.write_text(f"train:\n  max_steps: {steps}\n")
+        done = command("slurm", "render", str(file), *settings(job, base=job / "base"))
+        assert done.code == 0, done.err
+    scripts = job / "run/slurm"
+    (named,) = re.findall(r"config-\S+\.yaml", (scripts / "evaluate.sbatch").read_text())
+    file.write_text("train:\n  max_steps: 9\n")
+    assert f"evaluate {scripts / named} " in (scripts / "evaluate.sbatch").read_text()
+    kept = {path.name: path.read_text() for path in scripts.glob("config-*")}
+    assert kept[named].endswith("max_steps: 7\n")
+    # Jobs of the submission before may still be queued.
+    assert len(kept) == 2
 
 
 @pytest.mark.parametrize(("shard", "wanted"), [("0/2", ["copy", "last"]), ("1/2", ["upper"]), ("4/5", [])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from collections.abc import Sequence
 from dataclasses import fields
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.planning.slurm_chain import Link, make_chain
+from glider_dist.planning.slurm_earlier import check_shards
 from glider_dist.planning.slurm_script import (
     RANK,
     SITE,
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
 USAGE = """usage: glider-dist slurm ACTION [CONFIG.yaml] [key=value ...] [--dry-run]
 
-  slurm render    write the batch scripts of the pipeline and submit.sh, which submits them, to RUN_DIR/slurm
+  slurm render    write the batch scripts of the pipeline and submit.sh, which submits them, to RUN_DIR/slurm,
+                  with a copy of CONFIG.yaml, which the jobs read
   slurm submit    the same, and submit them; each line printed is a stage and its job
   --dry-run       print the scripts instead
 
@@ -55,7 +58,8 @@ def run(arguments: Arguments) -> int:
     """Render or submit; returns the exit code.
 
     Raises:
-        GliderError: a wrong action, configuration, site file or stage, or sbatch refuses a job.
+        GliderError: a wrong action, configuration, site file or stage, there is unfinished training of another
+            number of shards, or sbatch refuses a job.
     """
     from glider_dist.commands import COMMANDS
 
@@ -69,12 +73,18 @@ def run(arguments: Arguments) -> int:
     run_dir = Path(cfg.run_dir or "runs/slurm").absolute()
     cfg.pool = str(Path(cfg.pool).absolute() if cfg.pool else run_dir / "pool")
     known = [stage for stage in _STAGES if stage in COMMANDS]
-    scripts = render(cfg, arguments.file, overrides, run_dir, known)
     folder = run_dir / "slurm"
+    written = arguments.file.read_bytes() if arguments.file else b""
+    # Jobs start, and start again, long after this: what they read must not change with the user's file.
+    file = folder / f"config-{hashlib.sha256(written).hexdigest()[:12]}.yaml" if arguments.file else None
+    scripts = render(cfg, file, overrides, run_dir, known)
     if arguments.dry_run:
         for name, text in scripts.items():
             print(f"==> {folder / name} <==\n{text}")
         return 0
+    if file:
+        with replacing(file) as temporary:
+            temporary.write_bytes(written)
     for name, text in scripts.items():
         with replacing(folder / name) as temporary:
             temporary.write_text(text)
@@ -96,6 +106,7 @@ def render(
     """The scripts by name, in order of submission; ``submit.sh`` comes last.
 
     Args:
+        file: the configuration that the jobs read.
         overrides: ``key=value`` as typed; those of ``slurm`` are not for the stages.
         known: stages that there are.
 
@@ -108,6 +119,7 @@ def render(
             raise GliderError(f"{folder} has no {name}; name the repository's folder slurm/ by slurm.scripts")
     site = Site.read(Path(cfg.slurm.site).absolute() if cfg.slurm.site else folder / SITE)
     chain = make_chain(cfg, known, cfg.slurm.ranks or site.number("RANKS_PER_NODE", 1))
+    check_shards(chain, cfg.slurm.shards, run_dir)
     site.number("CPUS_PER_RANK", 1)
     template = (folder / TEMPLATE).read_text()
 
@@ -120,7 +132,7 @@ def render(
         }
         if link.shards:
             settings["GLIDER_SHARDS"] = str(cfg.slurm.shards)
-        words = [link.stage, *([str(file.absolute())] if file else [])]
+        words = [link.stage, *([str(file)] if file else [])]
         words += [item for item in overrides if not item.startswith(("slurm.", "pool=", "run_dir="))]
         words += [f"pool={cfg.pool}", f"run_dir={run_dir / link.stage}"]
         return stage_script(template, directives(link, cfg, site, run_dir / "slurm"), settings, words)

@@ -18,8 +18,11 @@ _VARIABLES = (
     "PARTITION", "ACCOUNT", "QOS", "CONSTRAINT", "TIME", "GPUS_PER_NODE", "CPUS_PER_RANK", "MEMORY",
     "FETCH_PARTITION", "RANKS_PER_NODE",
 )  # fmt: skip
-# The values, each ended by a zero byte, and then those of OPTIONS.
-_SHOW = 'set -eu; . "$1"; shift; for name; do printf "%s\\0" "${!name}"; done; printf "%s\\0" "${OPTIONS[@]}"'
+# The values, each ended by a zero byte, and then those of the arrays. Older site files have no FETCH_OPTIONS.
+_SHOW = (
+    'set -eu; . "$1"; shift; for name; do printf "%s\\0" "${!name}"; done; '
+    'printf "%s\\0" "${OPTIONS[@]}" -- "${FETCH_OPTIONS[@]-}"'
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Site:
     file: Path
     values: dict[str, str]
     options: tuple[str, ...]
+    fetch_options: tuple[str, ...]
 
     @classmethod
     def read(cls, file: Path) -> Site:
@@ -43,8 +47,10 @@ class Site:
             reason = (done.stderr.strip() or "it ends with an error").splitlines()[-1]
             raise GliderError(f"the site file {file} cannot be read by bash: {reason}")
         values = done.stdout.split("\0")[:-1]
-        options = tuple(value for value in values[len(_VARIABLES) :] if value)
-        return cls(file, dict(zip(_VARIABLES, values, strict=False)), options)
+        arrays = values[len(_VARIABLES) :]
+        middle = arrays.index("--")
+        options, fetch = (tuple(filter(None, part)) for part in (arrays[:middle], arrays[middle + 1 :]))
+        return cls(file, dict(zip(_VARIABLES, values, strict=False)), options, fetch)
 
     def number(self, name: str, least: int) -> int:
         """Raises GliderError unless the setting is a whole number of at least ``least``."""
@@ -65,6 +71,9 @@ def directives(link: Link, cfg: Config, site: Site, folder: Path) -> list[str]:
     if link.stage in ONE_RANK:
         gpus = 0 if link.stage == "fetch" else min(gpus, 1)
     partition = values["FETCH_PARTITION"] if link.stage == "fetch" else ""
+    if partition:
+        # What only the other nodes have would be refused on these, or waited for without end.
+        values = {**values, "PARTITION": partition, "QOS": "", "CONSTRAINT": "", "MEMORY": ""}
     chosen = {
         "job-name": f"glider-{link.stage}",
         "output": f"{folder}/{link.stage}-%A_%a.out" if link.shards else f"{folder}/{link.stage}-%j.out",
@@ -75,12 +84,13 @@ def directives(link: Link, cfg: Config, site: Site, folder: Path) -> list[str]:
         "gpus-per-node": str(gpus or ""),
         "mem": values["MEMORY"],
         "time": cfg.slurm.time or values["TIME"],
-        "partition": partition or values["PARTITION"],
+        "partition": values["PARTITION"],
         "account": values["ACCOUNT"],
         "qos": values["QOS"],
         "constraint": values["CONSTRAINT"],
     }
-    return [*(f"--{name}={value}" for name, value in chosen.items() if value), *site.options]
+    more = site.fetch_options if partition else site.options
+    return [*(f"--{name}={value}" for name, value in chosen.items() if value), *more]
 
 
 def stage_script(template: str, options: Sequence[str], settings: dict[str, str], words: Sequence[str]) -> str:
@@ -100,7 +110,9 @@ def _quoted(option: str) -> str:
 
 
 def chain_script(chain: Sequence[Link], folder: Path, submit_dir: Path) -> str:
-    """A script that submits all jobs or none and prints each stage's id."""
+    """A script that submits all jobs or none and prints each stage's id. The first stage waits until the jobs of
+    earlier submissions have ended, however they end: they hold the experts that they still train."""
+    jobs = shlex.quote(str(folder / "jobs"))
     lines = [
         "#!/bin/bash",
         "# Submits the pipeline; if one job is refused, those before it are cancelled.",
@@ -108,10 +120,19 @@ def chain_script(chain: Sequence[Link], folder: Path, submit_dir: Path) -> str:
         f"cd {shlex.quote(str(submit_dir))}",
         "submitted=()",
         """trap '[ "${#submitted[@]}" = 0 ] || scancel "${submitted[@]}"' ERR""",
+        f"jobs={jobs} earlier=",
+        # A controller that is away, or knows none of these jobs any more, fails: nothing is waited for then.
+        "states=PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING",
+        'if [ -s "$jobs" ] && queue=$(squeue -h -j "$(paste -sd, "$jobs")" -t "$states" -o %F 2> /dev/null); then',
+        """  sort -u <<< "$queue" | sed '/^$/d' > "$jobs\"""",
+        '  earlier=$(paste -sd: "$jobs")',
+        '  [ -z "$earlier" ] || echo "waits for the earlier jobs ${earlier//:/, }" >&2',
+        "fi",
         "submit() {  # STAGE OPTION...",
         "  local id",
         f'  id=$(sbatch --parsable "${{@:2}}" {shlex.quote(str(folder))}/"$1.sbatch")',
         '  submitted+=("${id%%;*}")',
+        '  echo "${id%%;*}" >> "$jobs"',
         '  echo "$1 ${id%%;*}"',
         "}",
     ]
@@ -121,6 +142,8 @@ def chain_script(chain: Sequence[Link], folder: Path, submit_dir: Path) -> str:
         if link.after is not None:
             kind = "aftercorr" if link.matching else "afterok"
             words += [f'"--dependency={kind}:${{submitted[{place[link.after]}]}}"', "--kill-on-invalid-dep=yes"]
+        else:
+            words.append('${earlier:+"--dependency=afterany:$earlier"}')
         place[link.stage] = len(place)
         lines.append(" ".join(words))
     return "\n".join(lines) + "\n"
