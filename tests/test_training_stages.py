@@ -49,7 +49,7 @@ def test_a_task_has_its_own_training_settings_and_the_others_do_not_notice(job):
     training = ExpertPool.open(job / "other").expert("copy").card()["training"]
     assert (training["steps"], training["learning_rate"]) == (3, 1e-4)
     assert training["validation_examples"] == 1
-    assert ExpertPool.open(job / "other").expert("upper").card()["training"]["validation_examples"] == 6
+    assert ExpertPool.open(job / "other").expert("upper").card()["training"]["validation_examples"] == 4
     for key, value in plain["upper"].items():
         assert torch.equal(value, other["upper"][key])
     assert any(not torch.equal(value, other["copy"][key]) for key, value in plain["copy"].items())

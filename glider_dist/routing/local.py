@@ -18,7 +18,7 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
 def exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b`` in their own dtype, also where ``torch.autocast`` would round both to half precision."""
     device = a.device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return a @ b
     with torch.autocast(device, enabled=False):
         return a @ b
