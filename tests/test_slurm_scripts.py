@@ -102,8 +102,8 @@ def test_the_chain_waits_member_for_member_and_then_for_all(job: Path) -> None:
         "evaluate.sbatch", "submit.sh",
     ]  # fmt: skip
     waits = [line.split()[2:3] for line in scripts["submit.sh"].splitlines() if line.startswith("submit ")]
-    kinds = [word[0].split(":")[0].removeprefix('"--dependency=') if word else "" for word in waits]
-    assert kinds == ["", "aftercorr", "afterok", "afterok", "afterok", "afterok"]
+    kinds = [word[0].split("--dependency=")[-1].split(":")[0] if word else "" for word in waits]
+    assert kinds == ["afterany", "aftercorr", "afterok", "afterok", "afterok", "afterok"]
     assert "#SBATCH --array=0,1,2\n" in scripts["train-gates.sbatch"]
     assert "#SBATCH --nodes=2\n" in scripts["evaluate.sbatch"]
     assert "#SBATCH --nodes=1\n" in scripts["describe.sbatch"]
