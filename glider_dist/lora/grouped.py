@@ -40,7 +40,8 @@ def grouped_product(
         return torch.bmm(x_Ri.view(len(w_Eio), -1, x_Ri.shape[1]), w_Eio).flatten(0, 1)
     aligned = all(width * x_Ri.element_size() % 16 == 0 for width in w_Eio.shape[1:])
     if aligned and x_Ri.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if len(w_Eio) > _MOST_GROUPS:
+        # What is planned on the meta device has no numbers to split at.
+        if len(w_Eio) > _MOST_GROUPS and not x_Ri.is_meta:
             return _in_parts(x_Ri, w_Eio, ends_E)
         return F.grouped_mm(x_Ri, w_Eio, offs=ends_E)
     ends = ends_E.tolist()
