@@ -99,7 +99,7 @@ class Job:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Taken before experts or DeepSpeed change the model's modules."""
-        model = self.base.model
+        model = self.base.model  # with which the hash comes
         return fingerprint(model, self._base_hash)
 
     @cached_property

@@ -36,6 +36,7 @@ class RunState:
         self._path = run_dir / STATE
         self._value: dict[str, Any] = {"stage": stage, "state": "running", "started": round(time.time(), 3)}
         self._file = run_dir.absolute() / LOCK
+        self._ended = False
         if self._file not in _mine:
             _mine[self._file] = locked(self._file, f"run_dir {run_dir}", IN_USE)
         self._write()
@@ -49,12 +50,14 @@ class RunState:
 
     def end(self, state: str, reason: str = "") -> None:
         """Note how it ended. A second call does nothing."""
-        if self._file not in _mine:
+        if self._ended:
             return
+        self._ended = True
         self._value |= {"state": state, "reason": reason}
         self._write()
-        self._file.unlink(missing_ok=True)
-        os.close(_mine.pop(self._file))
+        if self._file in _mine:
+            self._file.unlink(missing_ok=True)
+            os.close(_mine.pop(self._file))
 
     def _write(self) -> None:
         self._value["updated"] = round(time.time(), 3)
