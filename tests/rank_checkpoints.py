@@ -154,9 +154,13 @@ def stage(name: str, words: Sequence[str], turn: int | None = None, rank: int = 
         if ranks.rank == rank:
             os.kill(os.getpid(), number or signal.SIGKILL)
 
+    job, ended = Job(cfg, name, ranks, stop), "done"
     with stop.watching(), at_turn(turn, send):
         try:
-            STAGES[name](Job(cfg, name, ranks, stop))
+            STAGES[name](job)
         except Stopped as stopped:
-            return f"stopped: {stopped}"
-    return "done"
+            ended = f"stopped: {stopped}"
+    if "run" in vars(job):
+        # These ranks live on, and the run's lock with them.
+        job.run.finish("done", ended)
+    return ended

@@ -106,7 +106,9 @@ def test_a_mistake_of_one_rank_ends_the_others_too(rank: int, folder: Path, base
             ["run_dir", "tasks.json/run cannot be written"],
             marks=pytest.mark.slow,
         ),
-        ("train-experts", {"pool": "tasks/tasks.json/pool"}, ["tasks.json/pool"]),
+        pytest.param(
+            "train-experts", {"pool": "tasks/tasks.json/pool"}, ["tasks.json/pool"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_mistake_on_several_ranks_is_told_once_and_the_launcher_ends_with_code_2(

@@ -167,6 +167,7 @@ def test_processes_that_write_at_once_find_their_own_entries_alone(tmp_path: Pat
     assert 0 < len(CacheFile(path, 150).get(KEYS)) <= 150
 
 
+@pytest.mark.slow
 def test_a_service_answers_while_another_process_holds_its_file(tmp_path: Path):
     with serving(tmp_path) as service, service.http() as http:
         other = sqlite3.connect(tmp_path / "embeddings.sqlite", isolation_level=None)

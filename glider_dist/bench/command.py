@@ -17,7 +17,8 @@ USAGE = """usage: glider-dist bench layer|arrow|train
        deepspeed --num_gpus N --module glider_dist bench evaluate|without-gates [CONFIG.yaml] [key=value ...]
 
 layer          a routed layer in one process, against one LoRA, a loop over experts, every expert on every token
-dispatch       one exchange between N processes on gloo, by each strategy, forward and backward
+dispatch       one exchange between N processes on gloo, by each strategy, forward and backward; tokens=512: only
+               the cells with so many tokens a rank
 joint          a step of joint training by ZeRO stage and dispatch, against one process and replicated experts
 arrow          Arrow here and in PEFT: time and memory at 8, 32 and 128 adapters
 train          many experts in one job, against one after another
@@ -51,7 +52,8 @@ def run(arguments: Arguments) -> int:
     if what == "layer":
         layer.run(_folder(arguments))
     elif what == "dispatch":
-        dispatch.run(_folder(arguments), arguments.ranks or 2)
+        folder, more = _folder_and(arguments, "tokens")
+        dispatch.run(folder, arguments.ranks or 2, more.get("tokens"))
     elif what == "joint":
         joint.run(_folder(arguments), arguments.ranks or 2)
     elif what == "embeddings":

@@ -46,18 +46,24 @@ class Cell:
     workload: str
 
 
-def run(folder: Path, ranks: int) -> None:
+def run(folder: Path, ranks: int, only: str | None = None) -> None:
     """Measure all cells, print the table and a summary, and write ``bench_dispatch.json``.
 
+    Args:
+        only: one of the numbers of tokens, the cells of which are measured alone.
+
     Raises:
-        GliderError: strategies disagree, which would be a bug.
+        GliderError: there are no such cells, or strategies disagree, which would be a bug.
     """
+    chosen = [tokens for tokens in TOKENS if only in (None, str(tokens))]
+    if not chosen:
+        raise GliderError(f"bench dispatch has cells with tokens={', '.join(map(str, TOKENS))}, not {only}")
     rows = []
     with LocalRanks(ranks, timeout_s=600) as group:
         costs = group.run(_start, ranks)[0]
         for experts in EXPERTS:
             for workload in WORKLOADS:
-                for tokens in TOKENS:
+                for tokens in chosen:
                     rows.append(
                         _row(Cell(tokens, experts, workload), group.run(measure, Cell(tokens, experts, workload)))
                     )
