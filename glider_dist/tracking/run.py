@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 from glider_dist.errors import GliderError
 from glider_dist.tracking.log_file import open_log_file
-from glider_dist.tracking.state import RunState, check_free
+from glider_dist.tracking.state import RunState, check_free, hold
 from glider_dist.tracking.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -88,11 +88,12 @@ class Run:
         record = {**versions(), "compute": dict(compute or {})}
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            state = RunState(run_dir, stage)
+            hold(run_dir)
             _replace(run_dir / "config.yaml", OmegaConf.to_yaml(dict(config)))
             _replace(run_dir / "versions.json", json.dumps(record, indent=1) + "\n")
             metrics = _open_to_append(run_dir / METRICS)
             handler = open_log_file(run_dir / LOG)
+            state = RunState(run_dir, stage)
         except OSError as error:
             raise GliderError(_unwritable(run_dir, error.strerror)) from error
         return cls(run_dir, metrics, handler, _start_wandb(run_dir, config, stage, mode, wandb_id), state)

@@ -25,6 +25,18 @@ _mine: dict[Path, int] = {}
 """Locks of this process. A stage that broke off here may be started here again, in a notebook, say."""
 
 
+def hold(run_dir: Path) -> Path:
+    """Lock a run directory for this process; returns the file of the lock.
+
+    Raises:
+        GliderError: another process has a run there.
+    """
+    file = run_dir.absolute() / LOCK
+    if file not in _mine:
+        _mine[file] = locked(file, f"run_dir {run_dir}", IN_USE)
+    return file
+
+
 class RunState:
     """Keeps the state of a run that has begun in this process. A full disk costs news, nothing else.
 
@@ -35,10 +47,8 @@ class RunState:
     def __init__(self, run_dir: Path, stage: str):
         self._path = run_dir / STATE
         self._value: dict[str, Any] = {"stage": stage, "state": "running", "started": round(time.time(), 3)}
-        self._file = run_dir.absolute() / LOCK
+        self._file = hold(run_dir)
         self._ended = False
-        if self._file not in _mine:
-            _mine[self._file] = locked(self._file, f"run_dir {run_dir}", IN_USE)
         self._write()
 
     def progress(self, what: str, done: int, total: int) -> None:
