@@ -99,7 +99,7 @@ def test_a_mistake_of_one_rank_ends_the_others_too(rank: int, folder: Path, base
     ("stage", "change", "needles"),
     [
         ("train-experts", {"base": "gone"}, ["gone"]),
-        ("index", {"embedder": "gone"}, ["embedder", "gone"]),
+        pytest.param("index", {"embedder": "gone"}, ["embedder", "gone"], marks=pytest.mark.slow),
         pytest.param(
             "describe",
             {"run_dir": "tasks/tasks.json/run"},

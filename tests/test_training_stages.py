@@ -126,6 +126,7 @@ def test_the_benchmark_compares_the_ways_on_any_base(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.jobs
+@pytest.mark.slow
 def test_the_benchmark_sees_half_of_the_base_under_zero_3(tmp_path, capsys):
     train_sharded.run(str(save_tiny_base(tmp_path, tiny_causal(vocab_size=40000))))
     columns = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()]
