@@ -149,8 +149,8 @@ def choose(losses: np.ndarray, best_cosine: np.ndarray, alphas: Sequence[float])
 
     Pairs of α that lose by at most one standard error of the difference fit as well as the best one. Of these
     the pair nearest to the published 100 and 3 is taken (sum of the distances in log α): on a few dozen queries
-    the least loss alone is a matter of rounding. Of the thresholds around the best one that all fit as well, the
-    middle is taken, since new wordings move cosines either way.
+    the least loss alone is a matter of rounding. Of the thresholds that fit as well, the middle of their range is
+    taken, since new wordings move cosines either way; if it does not fit itself, the nearest that does.
 
     Args:
         losses: ``[len(alphas), N]`` loss of each query (own expert present, then removed) at each α.
@@ -172,16 +172,15 @@ def choose(losses: np.ndarray, best_cosine: np.ndarray, alphas: Sequence[float])
     tied = [pair for pair, (of_queries, _) in pairs.items() if _fits(of_queries, best)]
     tied.sort(key=_from_published)
     of_queries, per_query = pairs[tied[0]]
-    low = high = int(per_query.mean(1).argmin())
-    fits = _fits(per_query, of_queries)
-    while low > 0 and fits[low - 1]:
-        low -= 1
-    while high + 1 < len(fits) and fits[high + 1]:
-        high += 1
+    thresholds = candidates[_fits(per_query, of_queries)]
+    middle = (thresholds.min() + thresholds.max()) / 2
+    chosen = np.where(best_cosine > middle, losses[alphas.index(tied[0][0])], losses[alphas.index(tied[0][1])])
+    if not _fits(chosen, of_queries):
+        middle = thresholds[np.abs(thresholds - middle).argmin()]
     return {
         "alpha_in": tied[0][0],
         "alpha_out": tied[0][1],
-        "threshold": float((candidates[low] + candidates[high]) / 2),
+        "threshold": float(middle),
         "loss": float(of_queries.mean()),
         "tied": [list(pair) for pair in tied],
     }
