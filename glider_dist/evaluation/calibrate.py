@@ -57,7 +57,7 @@ def run(job: Job) -> None:
         "files": {expert.name: expert.card().get("files", {}) for expert in pool.experts()},
         "index": hashlib.sha256(index.read_bytes()).hexdigest(),
         "settings": dataclasses.asdict(cfg.calibrate),
-        "rule": "of the pairs within one standard error the one nearest to the published",
+        "rule": "of the pairs within one standard error the one nearest to the published, a threshold that fits",
         "queries": [queries_digest(tasks, "validation", cfg.calibrate.queries), cfg.tasks.max_length],
         "router": router_settings(dataclasses.replace(cfg.router, **_UNSET)),
         **query_settings(job),
