@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_jobs import free_port
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the cores of a process are not known here")
@@ -58,10 +59,7 @@ def test_ranks_wait_longer_for_each_other_than_for_a_tensor() -> None:
     script += "print(ranks.gather(ranks.rank))\n"
     script += "time.sleep(4 * ranks.rank)\n"
     script += "dist.all_reduce(torch.ones(1))"
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        port = str(other.getsockname()[1])
-    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", script],
