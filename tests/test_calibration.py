@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -82,3 +84,27 @@ def test_an_expert_that_no_query_may_choose_does_not_describe_one():
     assert best_cosine(similarity[1:, [0, 2]], ("general", "b"), arrow).tolist() == [-1.0]
     # Gates take no notice of it, and neither does the router's own maximum.
     assert best_cosine(similarity, names, RouterConfig(general=["general"])).tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_the_choice_is_that_of_trying_every_threshold_on_every_query():
+    draw = np.random.default_rng(0)
+    for count in (1, 2, 7, 60):
+        losses, cosines = draw.random((5, count)), draw.random(count).round(1)
+        chosen = choose(losses, cosines, ALPHAS)
+        inside, outside = (losses[ALPHAS.index(chosen[key])] for key in ("alpha_in", "alpha_out"))
+        of_chosen = np.where(cosines > chosen["threshold"], inside, outside)
+        assert chosen["loss"] == pytest.approx(of_chosen.mean())
+        tried = np.array([np.where(cosines > p, inside, outside) for p in np.linspace(-0.05, 1.05, 12)])
+        excess = of_chosen - tried[tried.mean(1).argmin()]
+        assert excess.mean() <= excess.std() / np.sqrt(count) + 1e-12
+
+
+def test_a_hundred_thousand_queries_need_no_square_of_their_number():
+    draw = np.random.default_rng(0)
+    losses, cosines = draw.random((6, 100_000)), draw.random(100_000)
+    tracemalloc.start()
+    chosen = choose(losses, cosines, [1.0, *ALPHAS])
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100 * losses.nbytes
+    assert chosen["alpha_in"] >= chosen["alpha_out"]

@@ -85,7 +85,8 @@ def run(job: Job) -> None:
     glider = dataclasses.replace(cfg.router, kind="glider")
     model = job.attach(pool, dataclasses.replace(glider, **_fixed(1.0)))
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size, job.stop)
-    kept = PartialLosses(job.run_dir / "calibrate.json", key, job.ranks)
+    # Another dtype may have been calibrated for, too, but losses of two are not compared.
+    kept = PartialLosses(job.run_dir / "calibrate.json", f"{key}/{job.computes_in}", job.ranks)
     try:
         for alpha in progress(cfg.calibrate.alphas, desc="alphas", enabled=job.ranks.is_main):
             if alpha in kept.nll:
@@ -157,39 +158,53 @@ def choose(losses: np.ndarray, best_cosine: np.ndarray, alphas: Sequence[float])
         best_cosine: ``[N]`` each query's largest cosine.
 
     Returns:
-        ``{"alpha_in", "alpha_out", "threshold", "loss", "tied"}``; ``alpha_in >= alpha_out``; ``tied`` lists all
-        pairs that fit as well.
+        ``{"alpha_in", "alpha_out", "threshold", "loss", "tied"}``; ``alpha_in >= alpha_out``; ``loss`` is the mean
+        of these three; ``tied`` lists all pairs that fit as well.
     """
-    values = np.unique(best_cosine)
+    # By cosine, so that a threshold cuts the queries in two and sums up to the cut give its mean: no [N, N].
+    order = np.argsort(best_cosine, kind="stable")
+    losses = losses[:, order]
+    values, first = np.unique(best_cosine[order], return_index=True)
     candidates = np.concatenate([[values[0] - 0.01], (values[1:] + values[:-1]) / 2, [values[-1] + 0.01]])
-    inside = best_cosine[None, :] > candidates[:, None]
+    cuts = np.append(first, len(order))
     pairs = {}
     for high, outer in itertools.product(range(len(alphas)), repeat=2):
         if alphas[high] >= alphas[outer]:
-            per_query = np.where(inside, losses[high], losses[outer])
-            pairs[float(alphas[high]), float(alphas[outer])] = per_query[per_query.mean(1).argmin()], per_query
-    best = min((of_queries for of_queries, _ in pairs.values()), key=np.mean)
-    tied = [pair for pair, (of_queries, _) in pairs.items() if _fits(of_queries, best)]
+            # Rounded, as equal means may differ by what their sums round.
+            place = _means(losses[outer], losses[high], cuts).round(12).argmin()
+            of_queries = np.concatenate([losses[outer, : cuts[place]], losses[high, cuts[place] :]])
+            pairs[float(alphas[high]), float(alphas[outer])] = of_queries
+    best = min(pairs.values(), key=lambda of_queries: of_queries.mean().round(12))
+    tied = [pair for pair, of_queries in pairs.items() if _fits(of_queries - best)]
     tied.sort(key=_from_published)
-    of_queries, per_query = pairs[tied[0]]
-    thresholds = candidates[_fits(per_query, of_queries)]
-    middle = (thresholds.min() + thresholds.max()) / 2
-    chosen = np.where(best_cosine > middle, losses[alphas.index(tied[0][0])], losses[alphas.index(tied[0][1])])
-    if not _fits(chosen, of_queries):
-        middle = thresholds[np.abs(thresholds - middle).argmin()]
+    of_queries = pairs[tied[0]]
+    inside, outside = (losses[alphas.index(alpha)] - of_queries for alpha in tied[0])
+    mean = _means(outside, inside, cuts)
+    variance = (_means(outside**2, inside**2, cuts) - mean**2).clip(0)
+    thresholds = candidates[mean <= np.sqrt(variance / len(order))]
+    threshold = (thresholds.min() + thresholds.max()) / 2
+    excess = np.where(best_cosine[order] > threshold, inside, outside)
+    if not _fits(excess):
+        threshold = thresholds[np.abs(thresholds - threshold).argmin()]
+        excess = np.where(best_cosine[order] > threshold, inside, outside)
     return {
         "alpha_in": tied[0][0],
         "alpha_out": tied[0][1],
-        "threshold": float(middle),
-        "loss": float(of_queries.mean()),
+        "threshold": float(threshold),
+        "loss": float((of_queries + excess).mean()),
         "tied": [list(pair) for pair in tied],
     }
 
 
-def _fits(losses: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """Whether losses ``[..., N]`` exceed those of the best choice ``[N]`` by at most one standard error."""
-    excess = losses - best
-    return np.asarray(excess.mean(-1) <= excess.std(-1) / np.sqrt(len(best)))
+def _means(outside: np.ndarray, inside: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+    """The mean over ``[N]`` queries of ``outside`` before each cut and ``inside`` from it on; ``[len(cuts)]``."""
+    before, up_to = (np.concatenate([[0.0], np.cumsum(values)]) for values in (outside, inside))
+    return np.asarray((before[cuts] + up_to[-1] - up_to[cuts]) / len(inside))
+
+
+def _fits(excess: np.ndarray) -> bool:
+    """Whether losses that exceed those of the best choice by ``[N]`` do so by at most one standard error."""
+    return bool(excess.mean() <= excess.std() / np.sqrt(len(excess)))
 
 
 def _from_published(pair: tuple[float, float]) -> float:
