@@ -28,7 +28,7 @@ def _result(router: str, sentiment: list[float], number: list[float], french: li
     queries = [
         _query(task, index, split, score) for task, split, scores in tasks for index, score in enumerate(scores)
     ]
-    return RouterResult(router, tuple(queries), seconds=16.0, ranks=2)
+    return RouterResult(router, tuple(queries), seconds=16.0, made_with={"ranks": 2, "batch_size": 16})
 
 
 PHATGOOSE = _result("phatgoose", [1.0, 0.0, 0.0, 0.0], [0.0, 1.0], [0.0, 0.0])
@@ -87,7 +87,7 @@ def test_without_held_out_tasks_their_columns_are_dashes(tmp_path: Path) -> None
 
 
 def test_a_router_that_answered_nothing_is_a_row_of_dashes() -> None:
-    row = _row(summary_table([RouterResult("base", (), 1.0, 1)], samples=10, seed=0), "base")
+    row = _row(summary_table([RouterResult("base", (), 1.0, {"ranks": 1})], samples=10, seed=0), "base")
     assert row == ["base", "-", "-", "-", "-"]
 
 
@@ -215,3 +215,10 @@ def test_files_are_replaced_and_no_temporary_file_stays(tmp_path: Path) -> None:
     write_reports(tmp_path, [PHATGOOSE], {}, samples=10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["queries.csv", "results.json", "tasks.csv"]
     assert list(json.loads((tmp_path / "results.json").read_text())["routers"]) == ["phatgoose"]
+
+
+def test_rows_that_were_made_with_other_settings_are_told_apart() -> None:
+    other = dataclasses.replace(GLIDER, made_with={"ranks": 2, "batch_size": 8})
+    assert "Rows differ" not in summary_table([PHATGOOSE, GLIDER], samples=10, seed=0)
+    table = summary_table([PHATGOOSE, other], samples=10, seed=0)
+    assert "Rows differ in batch_size: 16 (phatgoose), 8 (glider)." in table.splitlines()

@@ -180,7 +180,7 @@ def test_the_reports_count_every_query_of_every_task(together: Job) -> None:
     for kind in ROUTERS:
         queries = rows[kind]["result"]["queries"]
         assert len({(query["task"], query["id"]) for query in queries}) == 16
-        assert rows[kind]["result"]["ranks"] == 2
+        assert rows[kind]["result"]["made_with"]["ranks"] == 2
     routed = rows["glider"]["routing"]["tokens_per_expert"]
     assert set(routed) == set(HELD_IN)
     assert sum(routed.values()) > 0

@@ -15,7 +15,7 @@ from glider_dist.evaluation.choices import check_choices
 from glider_dist.evaluation.partial import PartialRow
 from glider_dist.evaluation.queries import Query, make_queries, queries_digest
 from glider_dist.evaluation.report import QueryResult, RouterResult, summary_table, task_table, write_reports
-from glider_dist.evaluation.routers import evaluate_router, router_settings
+from glider_dist.evaluation.routers import evaluate_router, made_with, router_settings
 from glider_dist.job import Job
 from glider_dist.model.attach import detach
 from glider_dist.pool import ExpertPool
@@ -106,9 +106,8 @@ def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str],
         done = len(cfg.routers) - len(todo)
         for kind in progress(todo, desc="routers", enabled=job.ranks.is_main):
             job.run.progress("rows", done, len(cfg.routers))
-            # Answers may depend on what shares a batch.
-            shape = f"{key}/{job.ranks.world}/{cfg.batch_size}"
-            partial = PartialRow(rows / "partial", kind, shape, job.ranks, len(pool), cfg.save_minutes)
+            made = f"{key}/{made_with(job)}"
+            partial = PartialRow(rows / "partial", kind, made, job.ranks, len(pool), cfg.save_minutes)
             result, routing = evaluate_router(job, pool, kind, queries, router, partial)
             _check_unchanged(job, key)
             if job.ranks.is_main:
@@ -176,7 +175,7 @@ def _stored(path: Path, key: str) -> tuple[RouterResult, dict[str, Any]] | None:
             return None
         plain = value["result"]
         queries = tuple(QueryResult(**query) for query in plain["queries"])
-        return RouterResult(plain["router"], queries, plain["seconds"], plain["ranks"]), value["routing"]
+        return RouterResult(plain["router"], queries, plain["seconds"], plain["made_with"]), value["routing"]
     except (GliderError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s) and made again", path, error)
         return None

@@ -43,12 +43,17 @@ class QueryResult:
 
 @dataclass(frozen=True)
 class RouterResult:
-    """All queries under one router; ``seconds`` is the elapsed wall time for all of them on all ranks."""
+    """All queries under one router.
+
+    Attributes:
+        seconds: elapsed wall time for all of them on all ranks.
+        made_with: ``ranks`` and other settings that decide what shares a batch and how long it takes.
+    """
 
     router: str
     queries: tuple[QueryResult, ...]
     seconds: float
-    ranks: int
+    made_with: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class _Summary:
     own_expert_first: float | None
     seconds: float
     seconds_per_query: float
-    ranks: int
+    made_with: dict[str, Any]
 
 
 def summary_table(results: Sequence[RouterResult], samples: int, seed: int) -> str:
@@ -91,6 +96,7 @@ def summary_table(results: Sequence[RouterResult], samples: int, seed: int) -> s
     if difference:
         cells = [f"{_title(split)} {_interval(value, '+.3f')}" for split, value in difference.items()]
         lines += ["glider - phatgoose on the same queries: " + ", ".join(cells), ""]
+    lines += _differing(results)
     lines += [
         f"{_count(queries, 'held_in')} and {_count(queries, 'held_out')}; {_ranks(results)}.",
         "Score: the task's metric (exact match or ROUGE-L F1) on the greedy answer, 0 to 1;",
@@ -169,7 +175,7 @@ def _summaries(results: Sequence[RouterResult], samples: int, seed: int) -> dict
             own_expert_first=float(np.mean(own)) if own else None,
             seconds=result.seconds,
             seconds_per_query=result.seconds / len(result.queries) if result.queries else math.nan,
-            ranks=result.ranks,
+            made_with=result.made_with,
         )
     return summaries
 
@@ -238,8 +244,21 @@ def _count(queries: Sequence[QueryResult], split: str) -> str:
     return f"{len({query.task for query in chosen})} {_title(split)} tasks ({len(chosen)} queries)"
 
 
+def _differing(results: Sequence[RouterResult]) -> list[str]:
+    """What rows were made with, where it is not the same for all: scores and times then differ by that, too."""
+    lines = []
+    for name in results[0].made_with:
+        by_value: dict[Any, list[str]] = {}
+        for result in results:
+            by_value.setdefault(result.made_with.get(name), []).append(result.router)
+        if len(by_value) > 1:
+            cells = ", ".join(f"{value} ({', '.join(routers)})" for value, routers in by_value.items())
+            lines.append(f"Rows differ in {name}: {cells}.")
+    return lines
+
+
 def _ranks(results: Sequence[RouterResult]) -> str:
-    ranks = sorted({result.ranks for result in results})
+    ranks = sorted({result.made_with["ranks"] for result in results})
     return f"s/query: elapsed seconds / queries, on {' or '.join(map(str, ranks))} rank{'s' * (ranks != [1])}"
 
 

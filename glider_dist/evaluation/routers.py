@@ -131,8 +131,20 @@ def evaluate_router(
             first = int(scores[place].argmax()) == queries[i].owner
         rows.append((i, _result(queries[i], texts[place], choices[place], first)))
     everything = dict(row for rows in job.ranks.gather(rows) for row in rows)
-    result = RouterResult(kind, tuple(everything[i] for i in range(len(queries))), seconds, job.ranks.world)
+    result = RouterResult(kind, tuple(everything[i] for i in range(len(queries))), seconds, made_with(job))
     return result, {**_routing(job, model, pool, partial), "seconds": latency}
+
+
+def made_with(job: Job) -> dict[str, Any]:
+    """What an answer may depend on by rounding, and its time by much, beside what it is an answer to."""
+    cfg = job.cfg
+    return {
+        "ranks": job.ranks.world,
+        "batch_size": cfg.evaluate.batch_size,
+        "expert_parallel": cfg.mesh.expert_parallel,
+        "dispatch": cfg.dispatch if cfg.mesh.expert_parallel > 1 else None,
+        "zero_stage": cfg.zero_stage,
+    }
 
 
 def _latency(
