@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -32,6 +33,7 @@ from glider_dist.pool import ExpertPool, Fingerprint
 from glider_dist.semantics.source import EmbedderSource
 from glider_dist.tasks.source import TaskSuite, load_tasks
 from glider_dist.tracking.run import Run, check_run_dir, known_wandb_id
+from glider_dist.tracking.state import release
 from glider_dist.training.checkpoint import Checkpoints, wandb_id_of
 
 log = logging.getLogger(__name__)
@@ -87,7 +89,8 @@ class Job:
     def _hash_of(self, base: BaseModel, sharded: bool) -> str | None:
         """Read once: by rank 0 if it alone reads the base, else by the first rank of each node."""
         ranks = self.ranks
-        reader = 0 if sharded else ranks.rank - ranks.local_rank
+        nodes = ranks.gather("" if sharded else socket.gethostname())
+        reader = nodes.index(nodes[ranks.rank])
         return ranks.gather(base.weights_hash if ranks.rank == reader else None)[reader]
 
     @property
@@ -207,13 +210,16 @@ class Job:
 
     def fail(self, error: Exception) -> None:
         """Note in the run directory, if there is one, why the job ends."""
+        self._end("failed", str(error) or type(error).__name__)
+
+    def _end(self, state: str, reason: str) -> None:
         if "run" in self.__dict__:
-            self.run.finish("failed", str(error) or type(error).__name__)
+            self.run.finish(state, reason)
+        release(self.run_dir)
 
     def close(self, state: str = "done", reason: str = "") -> None:
         """End tidily, together with the other ranks."""
-        if "run" in self.__dict__:
-            self.run.finish(state, reason)
+        self._end(state, reason)
         self.ranks.close()
         if "embedder" in self.__dict__:
             self.embedder.close()

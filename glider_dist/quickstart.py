@@ -6,6 +6,7 @@ one pool, with the base loaded once per rank. Every stage does only what is miss
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -36,6 +37,7 @@ from glider_dist.pool.files import read_json, write_json
 from glider_dist.semantics import describe, index
 from glider_dist.settings import read_config
 from glider_dist.tasks.procedural import QUICKSTART_HELD_IN, QUICKSTART_HELD_OUT
+from glider_dist.tracking.state import check_free
 from glider_dist.training.experts import train_experts, train_gates
 
 log = logging.getLogger(__name__)
@@ -125,7 +127,13 @@ def _finished(cfg: Config, text: str) -> str | None:
     if not record.exists() or not (Path(str(cfg.pool)) / "pool.json").exists():
         return None
     stored = read_json(record)
-    return str(stored["text"]) if stored["key"] == _key(Job(cfg, "quickstart", ALONE), text) else None
+    # As the ranks would, which answer on a GPU where there is one.
+    alone = dataclasses.replace(ALONE, device=torch.device("cuda" if _gpus(cfg) else "cpu"))
+    return str(stored["text"]) if stored["key"] == _key(Job(cfg, "quickstart", alone), text) else None
+
+
+def _gpus(cfg: Config) -> int:
+    return torch.cuda.device_count() if cfg.device != "cpu" and torch.cuda.is_available() else 0
 
 
 def _remove(run_dir: Path) -> None:
@@ -135,11 +143,12 @@ def _remove(run_dir: Path) -> None:
         raise GliderError(
             f"--fresh would delete {run_dir}, which does not look like a run directory; delete it yourself"
         )
+    check_free(run_dir)
     shutil.rmtree(run_dir)
 
 
 def _launch(arguments: Arguments, cfg: Config) -> int:
-    gpus = torch.cuda.device_count() if cfg.device != "cpu" and torch.cuda.is_available() else 0
+    gpus = _gpus(cfg)
     ranks = arguments.ranks or gpus or 2
     if gpus and ranks > gpus:
         raise GliderError(f"--ranks {ranks}, but this node has {gpus} GPUs; ask for fewer, or for device=cpu")

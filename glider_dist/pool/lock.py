@@ -5,12 +5,11 @@ The lock belongs to the open file and dies with its process, however it ends.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from glider_dist.file_lock import locked
+from glider_dist.file_lock import locked, unlock
 from glider_dist.pool.files import clear_up
 from glider_dist.pool.names import check_name
 
@@ -48,8 +47,7 @@ def _holding(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
+        unlock(handle, path)
 
 
 def hold_all(pool: Path, names: Sequence[str]) -> ExitStack:

@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 from glider_dist.errors import GliderError
 from glider_dist.tracking.log_file import open_log_file
-from glider_dist.tracking.state import RunState, check_free, hold
+from glider_dist.tracking.state import RunState, hold
 from glider_dist.tracking.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,10 @@ def _forget_wandb() -> None:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Raises GliderError if ``run_dir`` cannot be made or written, or another job is there; writes nothing."""
+    """Raises GliderError if ``run_dir`` cannot be made or written, or another job is there.
+
+    Writes nothing. A folder that is there is this process's from now on, until its run ends or ``release``.
+    """
     there = run_dir.absolute()
     while not os.path.lexists(there):
         there = there.parent
@@ -189,7 +192,8 @@ def check_run_dir(run_dir: Path) -> None:
     for path in (there, run_dir / METRICS, run_dir / LOG):
         if os.path.lexists(path) and not os.access(path, os.W_OK | (os.X_OK if path == there else 0)):
             raise GliderError(_unwritable(run_dir, f"no permission to write {path}"))
-    check_free(run_dir)
+    if run_dir.exists():
+        hold(run_dir)
 
 
 def _unwritable(run_dir: Path, reason: str | None) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from glider_dist.errors import GliderError
-from glider_dist.file_lock import locked
+from glider_dist.file_lock import is_held, locked, unlock
 
 STATE, LOCK = "state.json", ".running"
 IN_USE = "wait for it, end it, or set another run_dir"
@@ -25,8 +25,8 @@ _mine: dict[Path, int] = {}
 """Locks of this process. A stage that broke off here may be started here again, in a notebook, say."""
 
 
-def hold(run_dir: Path) -> Path:
-    """Lock a run directory for this process; returns the file of the lock.
+def hold(run_dir: Path) -> None:
+    """Lock a run directory for this process, until its run ends or :func:`release`.
 
     Raises:
         GliderError: another process has a run there.
@@ -34,7 +34,13 @@ def hold(run_dir: Path) -> Path:
     file = run_dir.absolute() / LOCK
     if file not in _mine:
         _mine[file] = locked(file, f"run_dir {run_dir}", IN_USE)
-    return file
+
+
+def release(run_dir: Path) -> None:
+    """Let the lock go, if this process holds it."""
+    file = run_dir.absolute() / LOCK
+    if file in _mine:
+        unlock(_mine.pop(file), file)
 
 
 class RunState:
@@ -47,7 +53,7 @@ class RunState:
     def __init__(self, run_dir: Path, stage: str):
         self._path = run_dir / STATE
         self._value: dict[str, Any] = {"stage": stage, "state": "running", "started": round(time.time(), 3)}
-        self._file = hold(run_dir)
+        hold(run_dir)
         self._ended = False
         self._write()
 
@@ -65,9 +71,7 @@ class RunState:
         self._ended = True
         self._value |= {"state": state, "reason": reason}
         self._write()
-        if self._file in _mine:
-            self._file.unlink(missing_ok=True)
-            os.close(_mine.pop(self._file))
+        release(self._path.parent)
 
     def _write(self) -> None:
         self._value["updated"] = round(time.time(), 3)
@@ -95,8 +99,9 @@ def holder(run_dir: Path) -> str:
         return ""
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return os.read(handle, 1000).decode(errors="replace") or "a process"
+    except OSError as error:
+        # Where a file system has no locks, nobody can be told to hold one.
+        return (os.read(handle, 1000).decode(errors="replace") or "a process") if is_held(error) else ""
     finally:
         os.close(handle)
     return ""
