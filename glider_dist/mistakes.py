@@ -17,21 +17,23 @@ from typing import Any
 from glider_dist.errors import GliderError
 from glider_dist.parallel.launch import adopt_slurm
 
+_SECONDS = 5.0  # rank 0 may hold the store, so it stays until the others have looked, if they come
+
 
 def _launch() -> str:
     """Stands for this launch: ranks of another one may reach this store, since launchers have a usual port."""
     env = os.environ
     world = env.get("WORLD_SIZE")
-    # The ranks of one node have one parent; those of several nodes share the number of their job alone.
-    alone = (env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world) == world
     job = [env.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID")]
+    # The ranks of one node have one parent; those of several nodes, or that srun itself has started (each in a
+    # container of its own perhaps), share the number of their job and step alone.
+    of_srun = env.get("SLURM_STEP_NUM_TASKS") == world
+    alone = not of_srun and (env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world) == world
     return "-".join([*job, str(os.getppid() if alone else "")])
 
 
-_TOLD, _SAID, _MAIN, _LEFT = (
-    f"glider_dist/mistake/{_launch()}/{key}" for key in ("told", "said", "of_rank_0", "left")
-)
-_SECONDS = 5.0  # rank 0 may hold the store, so it stays until the others have looked, if they come
+def _key(name: str) -> str:
+    return f"glider_dist/mistake/{_launch()}/{name}"
 
 
 def tell(message: str) -> int:
@@ -42,21 +44,21 @@ def tell(message: str) -> int:
     rank, world = _place()
     store = _store(10.0) if world > 1 else None
     if store is not None and rank == 0:
-        store.set(_MAIN, "")
+        store.set(_key("of_rank_0"), "")
     # Without a store nobody knows who has told, so everybody tells.
-    if store is None or store.add(_TOLD, 1) == 1:
-        alone = rank > 0 and not (store is not None and _comes(store, _MAIN))
+    if store is None or store.add(_key("told"), 1) == 1:
+        alone = rank > 0 and not (store is not None and _comes(store, _key("of_rank_0")))
         print(f"glider-dist: error: {f'rank {rank}: ' if alone else ''}{message}", file=sys.stderr, flush=True)
         if store is not None:
-            store.set(_SAID, "")
+            store.set(_key("said"), "")
     else:
         # A launcher that sees this rank end may kill the one that is about to tell.
-        _comes(store, _SAID, 3.0)
+        _comes(store, _key("said"), 3.0)
     if store is not None:
         _leave()
-        store.add(_LEFT, 1)
+        store.add(_key("left"), 1)
         until = time.monotonic() + _SECONDS
-        while rank == 0 and store.add(_LEFT, 0) < world and time.monotonic() < until:
+        while rank == 0 and store.add(_key("left"), 0) < world and time.monotonic() < until:
             time.sleep(0.05)
     return 2
 
@@ -68,10 +70,10 @@ def told_elsewhere() -> bool:
     import torch.distributed as dist
 
     store = _store(3.0) if dist.is_initialized() else None
-    if store is None or store.add(_TOLD, 0) == 0:
+    if store is None or store.add(_key("told"), 0) == 0:
         return False
-    _comes(store, _SAID, 3.0)
-    store.add(_LEFT, 1)
+    _comes(store, _key("said"), 3.0)
+    store.add(_key("left"), 1)
     return True
 
 
