@@ -8,14 +8,14 @@ import time
 import torch
 import torch.distributed as dist
 from rank_cases import Case, mesh_of, run_case
-from rank_models import MODELS, ROUTERS, Run, attached, forward, loss_of, model_of
+from rank_models import MODELS, ROUTERS, Run, attached, model_of
 from test_parity import FIXTURES, error, load, router_for
 from test_parity import forward as parity_forward
 
 import glider_dist as gd
 from glider_dist.lora.bank import SiteBank
 from glider_dist.parallel.dispatch import Dispatch
-from glider_dist.parallel.guards import check_gradients, check_replicas
+from glider_dist.parallel.guards import check_replicas
 from glider_dist.parallel.placement import Placement, contiguous
 from glider_dist.routing.route import Route
 
@@ -51,33 +51,6 @@ def differing_replica(path: str) -> tuple[str, str]:
         if mesh.rank == 3:  # holds the second half: expert_3 and expert_4
             banks["model.layers.1.mlp.down_proj"].A[1, 2, 3] += 1e-3
         return before, message_of(check_replicas, mesh, placement, banks)
-
-
-def gradients(path: str, fault: str) -> str:
-    """A real step, then the guard; ``fault`` is done to one expert's gradient first."""
-    run = Run("llama", "oracle", "all_to_all", 2)
-    mesh = mesh_of(2)
-    model = model_of("llama", 1, run.dtype)
-    with attached(model, gd.ExpertPool.open(path), run, mesh) as context:
-        gd.reset_routing_stats(model)
-        # Nobody asks for the last expert.
-        with gd.assign_experts(model, torch.tensor([mesh.rank, 2, 3, 0][: 2 + mesh.rank % 3])):
-            loss_of(forward(model, run, mesh.rank), mesh.rank).backward()
-        owned = context.dispatch.placement.owned(mesh.expert_rank)
-        served = {}
-        for site, counts in context.counts.items():
-            total = counts.clone()
-            dist.all_reduce(total)
-            served[site] = total[owned]
-        bank = context.banks["model.layers.0.self_attn.v_proj"]
-        if fault == "lost":
-            bank.B.grad[0] = 0.0
-        elif fault == "stray":
-            bank.B.grad[-1] = 1.0
-        elif fault == "none":
-            bank.B.grad = None
-        names = tuple(context.names[expert] for expert in owned)
-        return message_of(check_gradients, mesh, names, context.banks, served)
 
 
 def broken_file(path: str) -> str:

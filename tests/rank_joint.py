@@ -26,6 +26,7 @@ from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement, balanced
 from glider_dist.parallel.ranks import Ranks
 from glider_dist.testing import random_pool, tiny_causal
+from glider_dist.training import joint_loop
 from glider_dist.training.batches import Packing
 from glider_dist.training.deepspeed_moe import ExpertEngine
 from glider_dist.training.joint_batches import Row
@@ -163,6 +164,12 @@ class PlainEngine:
         self.optimizer.zero_grad()
         return norm
 
+    def gradient(self, key: str) -> torch.Tensor:
+        grad = self.leaves[key].grad / dist.get_world_size()
+        if self.mesh is None or self.mesh.replica_group is not None:
+            dist.all_reduce(grad, group=None if self.mesh is None else self.mesh.replica_group)
+        return grad
+
     def full(self, key: str, moment: str | None = None) -> torch.Tensor:
         leaf = self.leaves[key]
         return (leaf if moment is None else self.optimizer.state[leaf][moment]).detach()
@@ -244,6 +251,29 @@ def train_part(case: Case, path: str, first: int, last: int, state: dict[str, Te
         for step in range(first, last):
             loop.step(rows_of(step, case.batch))
         return Half(loaded, gather_state(engine, trained), engine.steps)
+
+
+def first_gradients(case: Case, path: str) -> dict[str, Any]:
+    """What the guard of the first step is shown, and what it says of a gradient that belongs elsewhere."""
+    shown: list[Any] = []
+    check = joint_loop.check_gradients
+    with prepared(case, path) as (loop, _, _):
+        joint_loop.check_gradients = lambda *given: shown.append(given)  # type: ignore[assignment]
+        try:
+            loop.step(rows_of(0, case.batch))
+            loop.step(rows_of(1, case.batch))
+        finally:
+            joint_loop.check_gradients = check
+        ((names, sites, norms, tokens),) = shown
+        stray = norms.clone()
+        stray[tokens == 0] = 1.0
+        try:
+            check(names, sites, norms, tokens)
+            said = ""
+            check(names, sites, stray, tokens)
+        except GliderError as error:
+            said = str(error)
+        return {"names": names, "norms": norms, "tokens": tokens, "said": said}
 
 
 def train_all(cases: Sequence[Case], path: str) -> list[Found]:

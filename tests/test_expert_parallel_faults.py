@@ -11,7 +11,6 @@ from rank_faults import (
     attach_differently,
     broken_file,
     differing_replica,
-    gradients,
     leaves,
     leaves_in_backward,
     parity,
@@ -92,19 +91,6 @@ def test_replicas_that_differ_are_named_with_expert_and_site(local_ranks: Ranks,
             "expert 'expert_4' differs at model.layers.1.mlp.down_proj between rank 1 and rank 3" in found[rank][1]
         )
     assert found[0][1] == found[2][1] == ""
-
-
-def test_gradients_agree_with_the_tokens_served_or_the_expert_is_named(local_ranks: Ranks, path):
-    assert local_ranks(2).run(gradients, path, "") == ["", ""]
-    site = "model.layers.0.self_attn.v_proj"
-    lost = local_ranks(2).run(gradients, path, "lost")
-    assert "expert 'expert_0' got no gradient from" in lost[0]
-    assert f"at {site} on rank 0" in lost[0]
-    stray = local_ranks(2).run(gradients, path, "stray")
-    assert f"expert 'expert_4' got a gradient without having served a token at {site} on rank 1" in stray[1]
-    for said in local_ranks(2).run(gradients, path, "none"):
-        assert f"the experts at {site}" in said
-        assert "have no gradient at all" in said
 
 
 def test_a_rank_that_dies_is_named_by_the_others_at_once():

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_joint import Case, Found, make_pool, reference, train_all
+from rank_joint import Case, Found, first_gradients, make_pool, reference, train_all
 
 from glider_dist.testing import LocalRanks
 from glider_dist.training.joint_state import Tensors
@@ -149,3 +149,18 @@ def test_every_split_of_every_world_equals_one_process(local_ranks: Ranks, path:
     ways = WAYS if parts > 1 else ("auto",)
     cases = [Case(stage, parts, way, clip=0.5 if stage or parts == 1 else 0.0) for way in ways]
     check(local_ranks, world, cases, path, 1e-3)
+
+
+def test_in_the_first_step_of_every_stage_experts_without_tokens_have_no_gradient(local_ranks: Ranks, path: str):
+    plain = Case(parts=2, batch=1, router="phatgoose", engine="plain")
+    wanted = local_ranks(2).run(first_gradients, plain, path)
+    for stage in range(4):
+        found = local_ranks(2).run(first_gradients, replace(plain, engine="deepspeed", zero_stage=stage), path)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.equal(ours["tokens"], theirs["tokens"])
+            torch.testing.assert_close(ours["norms"], theirs["norms"], rtol=1e-3, atol=1e-6)
+            idle = ours["tokens"] == 0
+            assert idle.any()
+            assert not ours["norms"][idle].any()
+            assert (ours["norms"][~idle] != 0).float().mean() > 0.8
+            assert any(f"expert {name!r} got a gradient without" in ours["said"] for name in ours["names"])

@@ -224,8 +224,25 @@ class ExpertEngine:
             value = safe_get_full_fp32_param(parameter)
         else:
             value = safe_get_full_optimizer_state(parameter, moment)
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        return value.detach().reshape(shape).clone()
+        return value.detach().reshape(_shape(parameter)).clone()
+
+    def gradient(self, key: str) -> torch.Tensor:
+        """A parameter's gradient after the last :meth:`backward` of a step, summed over replicas; a collective
+        among the ranks that hold the same one.
+
+        Raises:
+            GliderError: it has none.
+        """
+        from deepspeed.utils import safe_get_full_grad
+
+        parameter = self._named[key]
+        grad: torch.Tensor | None = parameter.grad if self.zero_stage == 0 else safe_get_full_grad(parameter)
+        if grad is None:
+            raise GliderError(
+                f"{key} has no gradient at all on rank {dist.get_rank()}; this version of DeepSpeed does not sum "
+                "gradients as 0.19.8 does, install that one"
+            )
+        return grad.detach().reshape(_shape(parameter))
 
     def set_full(self, key: str, value: torch.Tensor, moment: str | None = None) -> None:
         """Put a whole tensor in place of a parameter or one of its moments."""
@@ -290,6 +307,11 @@ class ExpertEngine:
         moments = sum(value.nbytes for each in owned for value in states.get(each, {}).values() if value.ndim)
         masters = sum(each.nbytes for each in owned) if self.zero_stage else 0
         return {"parameters": kept, "optimizer": moments + masters}
+
+
+def _shape(parameter: Any) -> torch.Size:
+    """Of the whole parameter, also where ZeRO 3 keeps a part."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _own_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:

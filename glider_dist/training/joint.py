@@ -97,6 +97,7 @@ def _run(job: Job) -> bool:
     if record.exists() and read_json(record) == {"key": key, "pool": versions_digest(pool)}:
         if job.ranks.is_main:
             log.info("this training was done already, and the pool is as it left it")
+        job.ranks.on_main(lambda: forget(job))
         return True
     # No rank may change the pool before all have seen what is in it.
     job.ranks.barrier()
@@ -107,7 +108,8 @@ def _run(job: Job) -> bool:
         result = _routed(job, pool)
 
         def note() -> None:
-            """Before the new versions take their places: a job killed in between is done, and knows it."""
+            """Before the new versions take their places: a job killed after that is done, and knows it; one killed
+            before finds the pool as it was."""
             write_json(record, {"key": key, "pool": versions_digest(pool, staging_pool(pool))})
 
         if result is not None:
@@ -158,6 +160,12 @@ def _multitask(job: Job) -> None:
             log.info("the pool has the expert %r already", joint_multitask.NAME)
         return
     job.create_pool()
+    with job.ranks.together(lambda: _hold_pool(job)):
+        if not joint_multitask.check_pool(job):
+            _multitask_into(job)
+
+
+def _multitask_into(job: Job) -> None:
     trained = joint_multitask.install_fresh(job)
     model = job.frozen.model
     try:
@@ -288,8 +296,8 @@ def _store(job: Job, pool: ExpertPool, result: Result, note: Callable[[], None])
     names = sorted({name for part in job.ranks.gather(list(result.weights)) for name in part})
 
     def swap() -> None:
-        complete(pool, names)
         note()
+        complete(pool, names)
         move_into_place(pool)
         log.info("%d experts have new versions in %s", len(names), pool.path)
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from glider_dist.errors import GliderError
 from glider_dist.model.attach import context_of
 from glider_dist.model.batch import Collator, target_nll
+from glider_dist.parallel.guards import check_gradients
 from glider_dist.training.batches import Packing
 from glider_dist.training.deepspeed_moe import ExpertEngine
 from glider_dist.training.joint_batches import Row, micro_batches
@@ -95,6 +96,7 @@ class JointLoop:
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
         self._context = context_of(model)
         self._context.watch = extras if extras.watches else None
+        self._checked = not trained.experts
 
     def run(
         self, batches: Iterable[list[Row]], after: Callable[[Step], bool], ask: Callable[[list[Row]], None]
@@ -125,7 +127,8 @@ class JointLoop:
         """One update from a global batch.
 
         Raises:
-            GliderError: on all ranks, if the loss or the gradient is not finite.
+            GliderError: on all ranks, if the loss or the gradient is not finite; in the first step also on a rank
+                that got a gradient for an expert without tokens.
         """
         number = self.progress.step + 1
         micros = self._mine(batch) if micros is None else micros
@@ -149,6 +152,9 @@ class JointLoop:
         total, router_loss = sums.tolist()
         rates = {kind: recipe.update(number).learning_rate for kind, recipe in self.recipes.items()}
         _check_finite("loss", total + router_loss, number)
+        if not self._checked:
+            self._check_gradients()
+            self._checked = True
         norm = self.engine.step(rates)
         _check_finite("gradient", norm, number)
         self._note_loads()
@@ -185,6 +191,18 @@ class JointLoop:
         self.progress.validation.append((self.progress.step, loss))
         return loss
 
+    def _check_gradients(self) -> None:
+        """As DeepSpeed has summed them over the replicas; in the first step alone, as it reads them all."""
+        counts = self._context.counts
+        sites = [key.removesuffix(".B") for key in self.trained.experts if key.endswith(".B")]
+        none = torch.zeros(len(self._context.names), dtype=torch.int64, device=self.collator.device)
+        tokens_SE = torch.stack([counts.get(site, none) for site in sites])
+        dist.all_reduce(tokens_SE)
+        own = list(self.trained.own)
+        norms = [self.engine.gradient(f"{site}.B").flatten(1).norm(dim=1)[: len(own)] for site in sites]
+        names = [self._context.names[expert] for expert in own]
+        check_gradients(names, sites, torch.stack(norms), tokens_SE[:, own])
+
     def _note_loads(self) -> None:
         if not self.extras.joint.balance_loss:
             return
@@ -199,6 +217,6 @@ class JointLoop:
 def _check_finite(what: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise GliderError(
-            f"the {what} is not finite in step {step}; nothing was written: lower train.learning_rate and "
-            "train.gate_learning_rate"
+            f"the {what} is not finite in step {step}; the pool is as it was: lower train.learning_rate and "
+            "train.gate_learning_rate, and delete checkpoints/joint of the run, which is of these rates"
         )
