@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from training_free_cases import IDS, MODELS, logits_of
 
 import glider_dist as gd
@@ -54,6 +55,23 @@ def test_prototypes_are_cached_by_the_adapters_hash_and_an_expert_replaced_gets_
     install(fresh, pool.names, banks, {})
     gd.set_router(fresh, router)
     assert torch.equal(logits_of(fresh), changed)
+
+
+def test_prototypes_are_exact_whoever_runs_the_first_forward_under_autocast(tmp_path):
+    pool = random_pool(tmp_path, tiny_causal(), experts=3, gates=False)
+    router = gd.RouterConfig(kind="arrow")
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_of(gd.attach_pool(tiny_causal(), pool, router))
+    kept = [load_file(path) for path in cache_of(pool)]
+    for path in cache_of(pool):
+        # What an earlier version kept.
+        save_file({site: value.bfloat16() for site, value in load_file(path).items()}, path)
+    logits_of(gd.attach_pool(tiny_causal(), pool, router))
+    for path, first in zip(cache_of(pool), kept, strict=True):
+        again = load_file(path)
+        assert all(
+            value.dtype == torch.float32 and torch.equal(value, first[site]) for site, value in again.items()
+        )
 
 
 def test_a_broken_cache_file_is_made_again_and_a_read_only_pool_serves(tmp_path, monkeypatch):

@@ -86,7 +86,9 @@ def _read(path: Path, banks: dict[str, SiteBank], index: int) -> dict[str, torch
     except (OSError, SafetensorError):
         return None
     shapes = {site: (bank.A.shape[2],) for site, bank in banks.items() if bank.ranks[index]}
-    return tensors if {site: tuple(value.shape) for site, value in tensors.items()} == shapes else None
+    # Half precision is what an earlier version wrote under autocast.
+    exact = all(value.dtype in (torch.float32, torch.float64) for value in tensors.values())
+    return tensors if exact and {site: tuple(value.shape) for site, value in tensors.items()} == shapes else None
 
 
 def write_activations(expert: Expert, means: dict[str, torch.Tensor], made_from: str) -> None:

@@ -68,9 +68,9 @@ def arrow_prototypes(a_Erd: torch.Tensor, b_Eor: torch.Tensor) -> torch.Tensor:
     the r × r matrix ``R B^T B R^T``. The d_out × d_in product is never formed.
     """
     q_Edr, r_Err = torch.linalg.qr(at_least_fp32(a_Erd).transpose(1, 2))
-    small_Eor = at_least_fp32(b_Eor) @ r_Err.transpose(1, 2)
-    _, vectors_Err = torch.linalg.eigh(small_Eor.transpose(1, 2) @ small_Eor)
-    return (q_Edr @ vectors_Err[..., -1:]).squeeze(-1)
+    small_Eor = exact_product(at_least_fp32(b_Eor), r_Err.transpose(1, 2))
+    _, vectors_Err = torch.linalg.eigh(exact_product(small_Eor.transpose(1, 2), small_Eor))
+    return exact_product(q_Edr, vectors_Err[..., -1:]).squeeze(-1)
 
 
 def arrow_scores(x_Td: torch.Tensor, prototypes_Ed: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -68,9 +68,11 @@ PUBLISHED = {"alpha_in": 100.0, "alpha_out": 3.0, "threshold": 0.5}
 
 
 def local_scores(config: RouterConfig) -> list[str | float]:
-    """What a router's local scores are, as far as the scale of alpha depends on it; [] if it has none."""
-    local = strategy_of(config).local
-    return [] if local is None else [local, config.temperature if local in ("arrow", "lag") else 1.0]
+    """What a router's local scores are, as far as alpha and threshold depend on it; [] if it has none."""
+    strategy = strategy_of(config)
+    if strategy.local is None:
+        return []
+    return [strategy.local, *([config.temperature, *sorted(config.general)] if strategy.by_weights else [1.0])]
 
 
 def resolved(config: RouterConfig, calibration: dict[str, Any]) -> tuple[RouterConfig, bool]:
