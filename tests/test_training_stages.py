@@ -109,6 +109,8 @@ def test_a_killed_stage_goes_on_in_the_middle_of_its_experts(job):
     outcome = stage(job, "train-experts", **changes)
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("goes on after step") == 3
+    steps = json.loads((job / "run" / "state.json").read_text())["progress"]
+    assert steps["done"] == steps["total"] == 120
     assert list(unfinished.iterdir()) == []
     assert stage(job, "train-experts", **{**changes, "pool": job / "whole", "run_dir": job / "run2"}).code == 0
     assert largest_difference(adapters(job / "whole"), adapters(job / "pool")) == 0.0

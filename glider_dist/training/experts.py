@@ -216,9 +216,13 @@ def _train(
 
     def on_turn(turn: Turn) -> None:
         nonlocal turns
+        steps = sum(trainee.progress.step for trainee in mine)
+        if not turns:
+            # What an earlier start has done took no time of this one.
+            bar.initial = bar.n = steps - len(turn.losses)
         turns += 1
-        bar.update(len(turn.losses))
-        job.run.progress(f"{kind} steps on rank 0", int(bar.n), int(bar.total or 0))
+        bar.update(steps - bar.n)
+        job.run.progress(f"{kind} steps on rank 0", steps, int(bar.total or 0))
         job.run.log({f"{kind}/{key}": value for key, value in turn.means().items()}, turns)
 
     started = time.perf_counter()

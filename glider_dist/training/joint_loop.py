@@ -96,7 +96,8 @@ class JointLoop:
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
         self._context = context_of(model)
         self._context.watch = extras if extras.watches else None
-        self._checked = not trained.experts
+        # A single expert serves every token, uncounted, and there is no other whose gradient it could get.
+        self._checked = not trained.experts or len(trained.names) == 1
 
     def run(
         self, batches: Iterable[list[Row]], after: Callable[[Step], bool], ask: Callable[[list[Row]], None]
