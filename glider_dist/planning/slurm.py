@@ -14,6 +14,7 @@ from glider_dist.errors import GliderError
 from glider_dist.planning.slurm_chain import Link, make_chain
 from glider_dist.planning.slurm_earlier import check_shards
 from glider_dist.planning.slurm_script import (
+    MAY_STAY,
     RANK,
     SITE,
     TEMPLATE,
@@ -96,7 +97,8 @@ def run(arguments: Arguments) -> int:
     except OSError as error:
         raise GliderError(f"{folder / 'submit.sh'} cannot be run ({error.strerror})") from None
     if code:
-        raise GliderError(f"sbatch refused a job of {folder / 'submit.sh'}; nothing stays submitted")
+        left = "the jobs that it names above may stay" if code == MAY_STAY else "nothing stays"
+        raise GliderError(f"{folder / 'submit.sh'} has failed; {left} submitted")
     return 0
 
 
