@@ -151,6 +151,32 @@ def test_unfinished_training_is_not_dropped_by_another_number_of_shards(
     assert command(*words, f"shards={later}").code == 0
 
 
+def test_the_checkpoints_and_not_the_last_script_tell_of_how_many_shards_they_are(job: Path) -> None:
+    words = ["slurm", "render", "stages=[train-experts]", *settings(job, base=job / "base")]
+
+    def keep(shard: str) -> Path:
+        member = job / f"run/train-experts/shard-{shard.split('/')[0]}"
+        step = member / "checkpoints/expert/copy/step-00000010.safetensors"
+        step.parent.mkdir(parents=True)
+        step.touch()
+        (member / "config.yaml").write_text(f"tasks:\n  shard: {shard}\n")
+        return step
+
+    assert command(*words, "shards=2").code == 0
+    step = keep("1/3")
+    done = command(*words, "shards=2")
+    assert done.code == 2
+    assert "use shards=3" in done.errors[0]
+    assert command(*words, "shards=3").code == 0
+    # Of several numbers none goes on with all.
+    keep("0/2")
+    for shards in (2, 3):
+        done = command(*words, f"shards={shards}")
+        assert done.code == 2
+        assert f"shards=3 ({step.parents[2]})" in done.errors[0]
+        assert "use shards=" not in done.errors[0]
+
+
 def test_settings_of_the_site_become_options_of_sbatch(job: Path) -> None:
     text = (REPOSITORY / "slurm/site.env").read_text()
     for line in (
