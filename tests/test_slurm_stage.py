@@ -26,6 +26,7 @@ _STUBS = {
     "squeue": """
         echo >> "$CALLS/squeue"
         [ "$(wc -l < "$CALLS/squeue")" -gt "$SQUEUE_FAILS" ] || exit 1
+        [ -z "$SLURM_CLUSTERS" ] || echo "CLUSTER: $SLURM_CLUSTERS"
         echo "$STATE"
     """,
     "scontrol": """
@@ -131,6 +132,11 @@ def test_nodes_of_a_cancelled_job_are_not_taken_for_bad(tmp_path: Path) -> None:
 @pytest.mark.parametrize("state", ["SIGNALING", "RESIZING", "STOPPED"])
 def test_a_job_that_runs_under_another_name_of_its_state_is_queued_again(tmp_path: Path, state: str) -> None:
     assert ended(tmp_path, 0, "0:85 1:85", STATE=state).queued
+
+
+def test_a_job_asks_the_cluster_it_runs_on_whatever_the_submitting_shell_named(tmp_path: Path) -> None:
+    # For a named one squeue prints a heading, which is no state.
+    assert ended(tmp_path, 0, "0:85 1:85", SLURM_CLUSTERS="near,far").queued
 
 
 def test_a_rank_whose_package_cannot_be_imported_says_that_it_crashed(tmp_path: Path) -> None:

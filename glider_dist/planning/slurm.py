@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import fields
@@ -60,7 +61,7 @@ def run(arguments: Arguments) -> int:
 
     Raises:
         GliderError: a wrong action, configuration, site file or stage, there is unfinished training of another
-            number of shards, or sbatch refuses a job.
+            number of shards, squeue does not tell of earlier jobs, or sbatch refuses one.
     """
     from glider_dist.commands import COMMANDS
 
@@ -124,6 +125,7 @@ def render(
     check_shards(chain, cfg.slurm.shards, run_dir)
     site.number("CPUS_PER_RANK", 1)
     template = (folder / TEMPLATE).read_text()
+    submit = shlex.join(["glider-dist", "slurm", "submit", *([str(file)] if file else []), *overrides])
 
     def script(link: Link) -> str:
         settings = {
@@ -131,6 +133,7 @@ def render(
             "GLIDER_SITE": str(site.file),
             "GLIDER_LAUNCHER": cfg.slurm.launcher if link.nodes * link.ranks > 1 else "srun",
             "GLIDER_SERVICE": "yes" if link.service else "no",
+            "GLIDER_SUBMIT": submit,
         }
         if link.shards:
             settings["GLIDER_SHARDS"] = str(cfg.slurm.shards)
