@@ -18,9 +18,9 @@ AGAIN = 85
 def run(folder: Path, words: list[str]) -> int:
     rank = os.environ["SLURM_PROCID"]
     (folder / f"pid-{os.environ['SLURMD_NODENAME']}-{rank}").write_text(f"{os.getpid()}\n")
-    from glider_dist.cli import main
-
     try:
+        from glider_dist.cli import main
+
         code = main(words)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -150,6 +151,32 @@ def test_unfinished_training_is_not_dropped_by_another_number_of_shards(
     assert command(*words, f"shards={later}").code == 0
 
 
+def test_the_checkpoints_and_not_the_last_script_tell_of_how_many_shards_they_are(job: Path) -> None:
+    words = ["slurm", "render", "stages=[train-experts]", *settings(job, base=job / "base")]
+
+    def keep(shard: str) -> Path:
+        member = job / f"run/train-experts/shard-{shard.split('/')[0]}"
+        step = member / "checkpoints/expert/copy/step-00000010.safetensors"
+        step.parent.mkdir(parents=True)
+        step.touch()
+        (member / "config.yaml").write_text(f"tasks:\n  shard: {shard}\n")
+        return step
+
+    assert command(*words, "shards=2").code == 0
+    step = keep("1/3")
+    done = command(*words, "shards=2")
+    assert done.code == 2
+    assert "use shards=3" in done.errors[0]
+    assert command(*words, "shards=3").code == 0
+    # Of several numbers none goes on with all.
+    keep("0/2")
+    for shards in (2, 3):
+        done = command(*words, f"shards={shards}")
+        assert done.code == 2
+        assert f"shards=3 ({step.parents[2]})" in done.errors[0]
+        assert "use shards=" not in done.errors[0]
+
+
 def test_settings_of_the_site_become_options_of_sbatch(job: Path) -> None:
     text = (REPOSITORY / "slurm/site.env").read_text()
     for line in (
@@ -173,9 +200,13 @@ def test_settings_of_the_site_become_options_of_sbatch(job: Path) -> None:
         ("", ["--mem=900G", "--partition=gpu", "--qos=long", "--constraint=h100", "--exclusive"]),
         ("FETCH_PARTITION=login\nFETCH_OPTIONS=(--mem=8G)", ["--partition=login", "--mem=8G"]),
         ("FETCH_PARTITION=login\nunset FETCH_OPTIONS", ["--partition=login"]),
+        (
+            "FETCH_OPTIONS=(--mem=8G)",
+            ["--mem=900G", "--partition=gpu", "--qos=long", "--constraint=h100", "--exclusive", "--mem=8G"],
+        ),
     ],
 )
-def test_fetch_on_its_own_partition_asks_for_nothing_that_the_other_nodes_have(
+def test_fetch_has_its_own_options_and_on_its_own_partition_nothing_that_the_other_nodes_have(
     job: Path, site: str, wanted: list[str]
 ) -> None:
     others = "PARTITION=gpu\nQOS=long\nCONSTRAINT=h100\nMEMORY=900G\nACCOUNT=lab\nOPTIONS=(--exclusive)\n"
@@ -185,6 +216,23 @@ def test_fetch_on_its_own_partition_asks_for_nothing_that_the_other_nodes_have(
     asked = ("--mem", "--partition", "--qos", "--constraint", "--exclusive")
     assert [line for line in lines if line.startswith(asked)] == wanted
     assert "--account=lab" in lines
+
+
+@pytest.mark.parametrize(
+    ("scancel", "sentence"),
+    [("exit 0", "nothing stays submitted"), ("exit 1", "the jobs that it names above may stay submitted")],
+)
+def test_a_refused_submission_says_whether_jobs_stay(
+    job: Path, monkeypatch: pytest.MonkeyPatch, scancel: str, sentence: str
+) -> None:
+    refused = 'case "$*" in *train-gates.sbatch*) exit 1 ;; esac; echo 7'
+    for name, text in (("sbatch", refused), ("scancel", scancel)):
+        (job / name).write_text(f"#!/bin/bash\n{text}\n")
+        (job / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{job}:{os.environ['PATH']}")
+    done = command("slurm", "submit", *settings(job, base=job / "base"))
+    assert done.code == 2
+    assert sentence in done.errors[0]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import pytest
 
 SLURM = Path(__file__).resolve().parents[1] / "slurm"
 _STUBS = {
-    "sleep": "exit 0",
+    # LATE is a file of a rank that is seen later than the step's end.
+    "sleep": """[ -z "$LATE" ] || echo "${LATE#*:}" > "$ATTEMPT/exit-${LATE%:*}" """,
     # Ranks leave their exit files and the step its code; a line for each node runs on the one that there is.
     "srun": """
         case "$*" in *--overlap*) SLURMD_NODENAME=n1 exec bash -c "${@: -1}" ;; esac
@@ -22,6 +26,7 @@ _STUBS = {
     "squeue": """
         echo >> "$CALLS/squeue"
         [ "$(wc -l < "$CALLS/squeue")" -gt "$SQUEUE_FAILS" ] || exit 1
+        [ -z "$SLURM_CLUSTERS" ] || echo "CLUSTER: $SLURM_CLUSTERS"
         echo "$STATE"
     """,
     "scontrol": """
@@ -35,32 +40,42 @@ _STUBS = {
 
 @dataclass(frozen=True)
 class Ended:
-    """How the script ended: exit code, last line printed, and whether the job is queued again."""
+    """How the script ended: exit code, last line printed, whether the job is queued again, and nodes left out."""
 
     code: int
     last: str
     queued: bool
+    excluded: list[str]
 
 
-def ended(folder: Path, step: int, ranks: str = "", **changes: object) -> Ended:
-    """The script of a job of two ranks whose step ends with ``step``; ``ranks`` are their codes: "0:85 1:0"."""
+def prepared(folder: Path, step: int, ranks: str = "", **changes: object) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of the script; arguments as for :func:`ended`."""
+    site = "FILE_SECONDS=1\nSTOP_SECONDS=3\nsite_check() { $CHECK; }\n"
     stubs, calls = folder / "stubs", folder / "calls"
     for made in (stubs, calls):
         made.mkdir()
     for name, text in _STUBS.items():
         (stubs / name).write_text(f"#!/bin/bash\n{text}")
         (stubs / name).chmod(0o755)
-    (folder / "site.env").write_text((SLURM / "site.env").read_text() + "FILE_SECONDS=0\n")
+    (folder / "site.env").write_text((SLURM / "site.env").read_text() + site)
     values = {
         "SLURM_JOB_ID": 77, "SLURM_JOB_NUM_NODES": 1, "SLURM_NTASKS": 2, "SLURM_JOB_NODELIST": "n1",
         "GLIDER_SCRIPTS": SLURM, "GLIDER_SITE": folder / "site.env", "PATH": f"{stubs}:{os.environ['PATH']}",
         "ATTEMPT": folder / "run/slurm/77/attempt-0", "CALLS": calls, "STEP": step, "RANKS": ranks,
-        "STATE": "RUNNING", "SQUEUE_FAILS": 0, "SCONTROL_FAILS": 0, **changes,
+        "STATE": "RUNNING", "SQUEUE_FAILS": 0, "SCONTROL_FAILS": 0, "CHECK": "true", "LATE": "", **changes,
     }  # fmt: skip
     command = ["bash", str(SLURM / "stage.sbatch"), "evaluate", f"run_dir={folder / 'run'}"]
-    env = {**os.environ, **{key: str(value) for key, value in values.items()}}
+    return command, {**os.environ, **{key: str(value) for key, value in values.items()}}
+
+
+def ended(folder: Path, step: int, ranks: str = "", **changes: object) -> Ended:
+    """The script of a job of two ranks whose step ends with ``step``; ``ranks`` are their codes: "0:85 1:0"."""
+    command, env = prepared(folder, step, ranks, **changes)
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
-    return Ended(done.returncode, (done.stdout.splitlines() or [""])[-1], (calls / "queued").exists())
+    left_out = folder / "run/slurm/77/excluded"
+    excluded = left_out.read_text().split() if left_out.exists() else []
+    last = (done.stdout.splitlines() or [""])[-1]
+    return Ended(done.returncode, last, (folder / "calls/queued").exists(), excluded)
 
 
 @pytest.mark.parametrize(
@@ -95,3 +110,60 @@ def test_ranks_that_a_signal_ends_while_they_load_are_queued_again(tmp_path: Pat
 def test_a_crash_or_a_mistake_is_not_queued_again(tmp_path: Path, step: int, ranks: str) -> None:
     end = ended(tmp_path, step, ranks)
     assert (end.code, end.queued) == (2 if ranks == "0:2" else step or 1, False)
+
+
+def test_a_rank_that_cannot_tell_of_its_crash_while_python_loads_has_its_node_left_out(tmp_path: Path) -> None:
+    # Rank 1's node has no Python; the other rank is ended while it loads, and 143 is the higher code.
+    end = ended(tmp_path, 143, CHECK="false")
+    assert (end.queued, end.excluded) == (True, ["n1"])
+
+
+@pytest.mark.parametrize("ranks", ["", "0:85"])
+def test_a_crash_that_is_seen_later_than_the_end_of_the_other_ranks_is_a_crash(tmp_path: Path, ranks: str) -> None:
+    end = ended(tmp_path, 143, ranks, LATE="1:1")
+    assert (end.code, end.queued) == (1 if ranks else 143, False)
+
+
+def test_nodes_of_a_cancelled_job_are_not_taken_for_bad(tmp_path: Path) -> None:
+    end = ended(tmp_path, 143, CHECK="false", STATE="COMPLETING")
+    assert (end.code, end.queued, end.excluded) == (85, False, [])
+
+
+@pytest.mark.parametrize("state", ["SIGNALING", "RESIZING", "STOPPED"])
+def test_a_job_that_runs_under_another_name_of_its_state_is_queued_again(tmp_path: Path, state: str) -> None:
+    assert ended(tmp_path, 0, "0:85 1:85", STATE=state).queued
+
+
+def test_a_job_asks_the_cluster_it_runs_on_whatever_the_submitting_shell_named(tmp_path: Path) -> None:
+    # For a named one squeue prints a heading, which is no state.
+    assert ended(tmp_path, 0, "0:85 1:85", SLURM_CLUSTERS="near,far").queued
+
+
+def test_a_rank_whose_package_cannot_be_imported_says_that_it_crashed(tmp_path: Path) -> None:
+    package = tmp_path / "glider_dist"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise OSError('no such device')\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "SLURM_PROCID": "1", "SLURMD_NODENAME": "n1"}
+    command = [sys.executable, str(SLURM / "rank.py"), str(tmp_path), "evaluate"]
+    assert subprocess.run(command, env=env, capture_output=True, check=False).returncode == 1
+    assert (tmp_path / "exit-1").read_text() == "1\n"
+
+
+def test_ranks_have_their_time_to_stop_from_the_notice_on_however_long_telling_them_takes(tmp_path: Path) -> None:
+    command, env = prepared(tmp_path, 0)
+    (tmp_path / "stubs/srun").write_text("""#!/bin/bash
+        case "$*" in *--overlap*) /bin/sleep 4; touch "$CALLS/told"; exit ;; esac
+        trap 'touch "$CALLS/ended"; exit 143' TERM
+        touch "$CALLS/started"
+        while :; do /bin/sleep 0.1; done
+    """)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 30
+    while not (tmp_path / "calls/started").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    process.wait(30)
+    told, ranks = ((tmp_path / "calls" / name).stat().st_mtime for name in ("told", "ended"))
+    assert ranks - told < 2, "STOP_SECONDS=3 were over when all had been told"
+    assert (tmp_path / "calls/queued").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,6 +15,7 @@ from glider_dist.errors import GliderError
 from glider_dist.planning.slurm_chain import Link, make_chain
 from glider_dist.planning.slurm_earlier import check_shards
 from glider_dist.planning.slurm_script import (
+    MAY_STAY,
     RANK,
     SITE,
     TEMPLATE,
@@ -59,7 +61,7 @@ def run(arguments: Arguments) -> int:
 
     Raises:
         GliderError: a wrong action, configuration, site file or stage, there is unfinished training of another
-            number of shards, or sbatch refuses a job.
+            number of shards, squeue does not tell of earlier jobs, or sbatch refuses one.
     """
     from glider_dist.commands import COMMANDS
 
@@ -96,7 +98,8 @@ def run(arguments: Arguments) -> int:
     except OSError as error:
         raise GliderError(f"{folder / 'submit.sh'} cannot be run ({error.strerror})") from None
     if code:
-        raise GliderError(f"sbatch refused a job of {folder / 'submit.sh'}; nothing stays submitted")
+        left = "the jobs that it names above may stay" if code == MAY_STAY else "nothing stays"
+        raise GliderError(f"{folder / 'submit.sh'} has failed; {left} submitted")
     return 0
 
 
@@ -122,6 +125,7 @@ def render(
     check_shards(chain, cfg.slurm.shards, run_dir)
     site.number("CPUS_PER_RANK", 1)
     template = (folder / TEMPLATE).read_text()
+    submit = shlex.join(["glider-dist", "slurm", "submit", *([str(file)] if file else []), *overrides])
 
     def script(link: Link) -> str:
         settings = {
@@ -129,6 +133,7 @@ def render(
             "GLIDER_SITE": str(site.file),
             "GLIDER_LAUNCHER": cfg.slurm.launcher if link.nodes * link.ranks > 1 else "srun",
             "GLIDER_SERVICE": "yes" if link.service else "no",
+            "GLIDER_SUBMIT": submit,
         }
         if link.shards:
             settings["GLIDER_SHARDS"] = str(cfg.slurm.shards)

@@ -24,6 +24,78 @@ _SHOW = (
     'printf "%s\\0" "${OPTIONS[@]}" -- "${FETCH_OPTIONS[@]-}"'
 )
 
+MAY_STAY = 3
+_SUBMIT = r"""#!/bin/bash
+# Submits the pipeline; if one job is refused, those before it are cancelled.
+set -euo pipefail
+cd @directory@
+# Of a job in which this is run, sbatch would take them for options; squeue takes its own for filters.
+for name in "${!SLURM_@}" "${!SQUEUE_@}"; do
+  case $name in SLURM_CONF | SLURM_CLUSTERS | SLURM_JWT) ;; *) unset "$name" ;; esac
+done
+jobs=@jobs@  # a line is ID or, of another cluster, ID;CLUSTER
+submitted=() clusters=() left='' earlier=''
+
+give_up() {
+  local place cluster
+  for place in "${!submitted[@]}"; do
+    cluster=${clusters[place]}
+    scancel ${cluster:+"--clusters=$cluster"} "${submitted[place]}" || left+=", ${submitted[place]}"
+  done
+  [ -n "$left" ] || exit 1
+  echo "these jobs may stay submitted, cancel them: ${left#, }" >&2
+  exit @may_stay@
+}
+trap give_up EXIT
+
+living() {  # CLUSTER ID,ID..: a line "ID REASON" of each that has not ended
+  local try answer
+  for try in 1 2 3; do
+    [ "$try" = 1 ] || sleep 3
+    if answer=$(squeue -h ${1:+"--clusters=$1"} -j "$2" -o '%F %r' 2>&1); then
+      sed -n '/^[0-9]/p' <<< "$answer"
+      return
+    fi
+    # So it answers for a single one that it has forgotten.
+    [[ $answer != *"Invalid job id"* ]] || return 0
+  done
+  echo "squeue does not tell whether the earlier jobs $2 have ended (${answer##*$'\n'});" \
+    "submit again later, or delete $jobs if they have" >&2
+  return 1
+}
+
+if [ -s "$jobs" ]; then
+  kept='' waits=''
+  while IFS= read -r cluster; do
+    ids=$(sed -n "s/^\([0-9]\{1,\}\);\{0,1\}$cluster\$/\1/p" "$jobs" | paste -sd,)
+    queue=$(living "$cluster" "$ids")
+    for id in ${ids//,/ }; do
+      grep -q "^$id " <<< "$queue" || continue
+      held=$(sed -nE "/^$id .*(JobHold|[Hh]eld)/{s/^$id (.*)/ (held: \1)/p;q}" <<< "$queue")
+      kept+=$id${cluster:+";$cluster"}$'\n' earlier+=${earlier:+:}$id waits+=", $id$held"
+    done
+  done < <(sed 's/^[0-9]*;*//' "$jobs" | sort -u)
+  printf %s "$kept" > "$jobs"
+  [ -z "$waits" ] || echo "waits for the earlier jobs ${waits#, }" >&2
+fi
+
+submit() {  # STAGE OPTION...
+  local answer id cluster=''
+  answer=$(sbatch --parsable "${@:2}" @folder@/"$1.sbatch")
+  answer=${answer##*$'\n'}  # a site's own sbatch may say more before it
+  id=${answer%%;*}
+  if [[ ! $id =~ ^[0-9]+$ ]]; then
+    echo "the last line of sbatch must be the id of the job of $1, but is '$answer'" >&2
+    left+=", that of $1"
+    return 1
+  fi
+  [ "$answer" = "$id" ] || cluster=${answer#*;}
+  submitted+=("$id") clusters+=("$cluster")
+  echo "$answer" >> "$jobs"
+  echo "$1 $id"
+}
+""".replace("@may_stay@", str(MAY_STAY))
+
 
 @dataclass(frozen=True)
 class Site:
@@ -89,7 +161,9 @@ def directives(link: Link, cfg: Config, site: Site, folder: Path) -> list[str]:
         "qos": values["QOS"],
         "constraint": values["CONSTRAINT"],
     }
-    more = site.fetch_options if partition else site.options
+    more = () if partition else site.options
+    if link.stage == "fetch":
+        more = (*more, *site.fetch_options)
     return [*(f"--{name}={value}" for name, value in chosen.items() if value), *more]
 
 
@@ -111,31 +185,13 @@ def _quoted(option: str) -> str:
 
 def chain_script(chain: Sequence[Link], folder: Path, submit_dir: Path) -> str:
     """A script that submits all jobs or none and prints each stage's id. The first stage waits until the jobs of
-    earlier submissions have ended, however they end: they hold the experts that they still train."""
-    jobs = shlex.quote(str(folder / "jobs"))
-    lines = [
-        "#!/bin/bash",
-        "# Submits the pipeline; if one job is refused, those before it are cancelled.",
-        "set -Eeuo pipefail",
-        f"cd {shlex.quote(str(submit_dir))}",
-        "submitted=()",
-        """trap '[ "${#submitted[@]}" = 0 ] || scancel "${submitted[@]}"' ERR""",
-        f"jobs={jobs} earlier=",
-        # A controller that is away, or knows none of these jobs any more, fails: nothing is waited for then.
-        "states=PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING",
-        'if [ -s "$jobs" ] && queue=$(squeue -h -j "$(paste -sd, "$jobs")" -t "$states" -o %F 2> /dev/null); then',
-        """  sort -u <<< "$queue" | sed '/^$/d' > "$jobs\"""",
-        '  earlier=$(paste -sd: "$jobs")',
-        '  [ -z "$earlier" ] || echo "waits for the earlier jobs ${earlier//:/, }" >&2',
-        "fi",
-        "submit() {  # STAGE OPTION...",
-        "  local id",
-        f'  id=$(sbatch --parsable "${{@:2}}" {shlex.quote(str(folder))}/"$1.sbatch")',
-        '  submitted+=("${id%%;*}")',
-        '  echo "${id%%;*}" >> "$jobs"',
-        '  echo "$1 ${id%%;*}"',
-        "}",
-    ]
+    earlier submissions have ended, however they end: they hold the experts that they still train. It exits with 1
+    if nothing stays submitted, and with ``MAY_STAY`` if something may."""
+    names = {"directory": submit_dir, "folder": folder, "jobs": folder / "jobs"}
+    text = _SUBMIT
+    for name, path in names.items():
+        text = text.replace(f"@{name}@", shlex.quote(str(path)))
+    lines = []
     place: dict[str, int] = {}
     for link in chain:
         words = ["submit", link.stage]
@@ -146,4 +202,4 @@ def chain_script(chain: Sequence[Link], folder: Path, submit_dir: Path) -> str:
             words.append('${earlier:+"--dependency=afterany:$earlier"}')
         place[link.stage] = len(place)
         lines.append(" ".join(words))
-    return "\n".join(lines) + "\n"
+    return text + "\n".join([*lines, "trap - EXIT"]) + "\n"

@@ -52,15 +52,24 @@ class FoundRun:
         return "-"
 
     @property
+    def batch(self) -> bool:
+        """Whether a batch job ran it: slurm/rank.py then started the stage, which no user does."""
+        return Path(str(next(iter(self.versions.get("command", ())), ""))).name == "rank.py"
+
+    @property
     def command(self) -> str:
-        """What was typed, as a line for a shell; "" if it is not known."""
-        words = [str(word) for word in self.versions.get("command", ())][1:]
+        """What was typed, as a line for a shell; "" if it is not known. Of a batch job it is the line that submits
+        it; of one submitted by hand, without the options of sbatch that only its user knows."""
+        words = [str(word) for word in self.versions.get("command", ())][2 if self.batch else 1 :]
         words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
         if not words:
             return ""
         ranks = int(self.versions.get("compute", {}).get("ranks", 1))
         typed = shlex.join(words)
-        if words[0] == "quickstart":
+        if self.batch:
+            script = Path(self.versions["command"][0]).with_name("stage.sbatch")
+            line = self.versions.get("submit") or f"sbatch --ntasks={ranks} {shlex.quote(str(script))} {typed}"
+        elif words[0] == "quickstart":
             line = f"glider-dist {typed} --ranks {ranks}"
         elif ranks == 1:
             line = f"glider-dist {typed}"
@@ -169,8 +178,8 @@ def show(one: FoundRun) -> str:
         if kept := {path.parent for path in folder.rglob("step-*.safetensors")}:
             lines.append(f"kept:     checkpoints of {len(kept)} in {folder}")
     if one.command:
-        done = one.state == "done"
-        lines.append(f"{'it was started by' if done else 'to go on'}:\n  {one.command}")
+        how = "to go on, unless its job is queued again" if one.batch else "to go on"
+        lines.append(f"{'it was started by' if one.state == 'done' else how}:\n  {one.command}")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ def versions() -> dict[str, Any]:
         "packages": {name: _installed(name) for name in _PACKAGES},
         "git": _git(),
         "command": sys.argv,
+        "submit": os.environ.get("GLIDER_SUBMIT", ""),
         "folder": os.getcwd(),
         "launcher": _launcher(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
