@@ -286,7 +286,7 @@ def test_jobs_read_the_configuration_as_it_was_when_they_were_submitted(job: Pat
         done = command("slurm", "render", str(file), *settings(job, base=job / "base"))
         assert done.code == 0, done.err
     scripts = job / "run/slurm"
-    (named,) = re.findall(r"config-\S+\.yaml", (scripts / "evaluate.sbatch").read_text())
+    (named,) = set(re.findall(r"config-\S+\.yaml", (scripts / "evaluate.sbatch").read_text()))
     file.write_text("train:\n  max_steps: 9\n")
     assert f"evaluate {scripts / named} " in (scripts / "evaluate.sbatch").read_text()
     kept = {path.name: path.read_text() for path in scripts.glob("config-*")}
