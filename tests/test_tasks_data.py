@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
+from reference_data import reference
 
 from glider_dist.config import TasksConfig
 from glider_dist.errors import GliderError
@@ -16,11 +14,7 @@ pytestmark = pytest.mark.data
 
 @pytest.fixture(scope="module")
 def folder() -> str:
-    root = Path(__file__).parents[1]
-    path = Path(os.environ.get("GLIDER_DIST_DATA", root.parent / "shared" / "data"))
-    if not (path / "tasks.json").is_file():
-        pytest.skip(f"the real task data is not at {path}; set GLIDER_DIST_DATA to the folder with its tasks.json")
-    return str(path)
+    return str(reference("data"))
 
 
 def test_every_line_of_the_real_data_is_accepted(folder):
