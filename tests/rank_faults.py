@@ -53,7 +53,7 @@ def differing_replica(path: str) -> tuple[str, str]:
         return before, message_of(check_replicas, mesh, placement, banks)
 
 
-def gradients(path: str, fault: str) -> str:
+def gradients(path: str, fault: str, unread: int = 0) -> str:
     """A real step, then the guard; ``fault`` is done to one expert's gradient first."""
     run = Run("llama", "oracle", "all_to_all", 2)
     mesh = mesh_of(2)
@@ -74,10 +74,9 @@ def gradients(path: str, fault: str) -> str:
             bank.B.grad[0] = 0.0
         elif fault == "stray":
             bank.B.grad[-1] = 1.0
-        elif fault == "none":
-            bank.B.grad = None
         names = tuple(context.names[expert] for expert in owned)
-        return message_of(check_gradients, mesh, names, context.banks, served)
+        found = {site: bank.B.grad for site, bank in context.banks.items()}
+        return message_of(check_gradients, names, found, served, unread)
 
 
 def broken_file(path: str) -> str:

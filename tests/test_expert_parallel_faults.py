@@ -100,11 +100,10 @@ def test_gradients_agree_with_the_tokens_served_or_the_expert_is_named(local_ran
     lost = local_ranks(2).run(gradients, path, "lost")
     assert "expert 'expert_0' got no gradient from" in lost[0]
     assert f"at {site} on rank 0" in lost[0]
+    # As many tokens as that may have had no loss to give them a gradient.
+    assert local_ranks(2).run(gradients, path, "lost", 1000) == ["", ""]
     stray = local_ranks(2).run(gradients, path, "stray")
     assert f"expert 'expert_4' got a gradient without having served a token at {site} on rank 1" in stray[1]
-    for said in local_ranks(2).run(gradients, path, "none"):
-        assert f"the experts at {site}" in said
-        assert "have no gradient at all" in said
 
 
 def test_a_rank_that_dies_is_named_by_the_others_at_once():

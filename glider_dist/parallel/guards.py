@@ -7,9 +7,11 @@ expert's gradient to another's where a replica lacks one.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from glider_dist.errors import GliderError
 from glider_dist.lora.bank import SiteBank
@@ -75,37 +77,36 @@ _WORD = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_gradients(
-    mesh: Mesh | None, names: tuple[str, ...], banks: dict[str, SiteBank], served: dict[str, torch.Tensor]
+    names: Sequence[str],
+    gradients: Mapping[str, torch.Tensor],
+    served: Mapping[str, torch.Tensor],
+    unread: int = 0,
 ) -> None:
-    """After the first backward pass: an expert's gradient is 0 exactly where no rank sent it tokens.
+    """After a backward pass: an expert has a gradient where it served tokens, and nowhere else.
+
+    B's gradient is looked at, as B starts at 0, and A's gradient then is 0.
 
     Args:
-        names: names of this rank's experts, in the order of its banks.
-        banks: their parameters, with gradients summed over replicas.
-        served: ``{site: [e]}`` tokens that each of them served, summed over all ranks.
+        names: names of this rank's experts, in the order of the rows below.
+        gradients: ``{site: [e, r, d_out]}`` gradients of their B, summed over replicas.
+        served: ``{site: [e]}`` int64 tokens that each of them served, summed over all ranks.
+        unread: tokens of a site, at most, whose output no loss reads: after the last attention those that are no
+            target's, before it each text's last one. An expert that served no more may be without a gradient.
 
     Raises:
-        GliderError: naming expert and site. (B starts at 0, so that A's gradient may be 0; B's is looked at.)
+        GliderError: on this rank, naming expert and site.
     """
-    where = "" if mesh is None else f" on rank {mesh.rank}"
-    for site, bank in banks.items():
-        if not bank.B.requires_grad:
-            continue
-        if bank.B.grad is None:
-            raise GliderError(
-                f"the experts at {site}{where} have no gradient at all; keep the stacked parameter in use"
-            )
-        norm_e = bank.B.grad.flatten(1).norm(dim=1).cpu()
-        for name, norm, tokens in zip(names, norm_e.tolist(), served[site].tolist(), strict=True):
-            if (tokens == 0) != (norm == 0):
-                what = (
-                    "a gradient without having served a token"
-                    if tokens == 0
-                    else f"no gradient from {tokens} tokens"
-                )
-                raise GliderError(
-                    f"expert {name!r} got {what} at {site}{where}; its gradients are wrong, stop here"
-                )
+    where = f" on rank {dist.get_rank()}" if dist.is_initialized() else ""
+    for site, gradient in gradients.items():
+        norms = gradient.flatten(1).norm(dim=1).tolist()
+        for name, norm, tokens in zip(names, norms, served[site].tolist(), strict=True):
+            if tokens == 0 and norm != 0:
+                what = "a gradient without having served a token"
+            elif tokens > unread and norm == 0:
+                what = f"no gradient from {tokens} tokens"
+            else:
+                continue
+            raise GliderError(f"expert {name!r} got {what} at {site}{where}; its gradients are wrong, stop here")
 
 
 def _digest(value: Any) -> str:
