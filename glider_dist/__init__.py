@@ -12,13 +12,16 @@ from glider_dist.model.attach import (
     set_router,
 )
 from glider_dist.model.generate import generate
+from glider_dist.parallel.cost import Costs
 from glider_dist.parallel.mesh import Mesh, init_mesh
 from glider_dist.parallel.placement import Placement
-from glider_dist.pool import ExpertPool, Fingerprint
+from glider_dist.pool import Expert, ExpertPool, Fingerprint
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Costs",
+    "Expert",
     "ExpertPool",
     "Fingerprint",
     "GliderError",

@@ -44,8 +44,14 @@ _UNWRITABLE = (
 )
 
 
-USAGE = """usage: glider-dist COMMAND [CONFIG.yaml] [key=value ...] [--dry-run [--ranks N]] [--help]
+USAGE = """usage: glider-dist COMMAND [CONFIG.yaml] [key=value ...] [FLAGS]
        deepspeed --num_gpus N --module glider_dist COMMAND [CONFIG.yaml] [key=value ...]
+
+flags:
+  --ranks N      how many ranks quickstart and bench dispatch|joint start, or plan and --dry-run plan for
+  --fresh        quickstart starts over
+  --dry-run      plan a stage instead of running it; print what slurm submit or pool import would do
+  --help         what a command does, and every setting
 """
 
 
@@ -142,11 +148,18 @@ def _main(argv: list[str]) -> int:
         raise GliderError(f"unknown command {arguments.command!r}; the commands are {', '.join(COMMANDS)}")
     if arguments.text is not None and not command.takes_text and not command.own_usage:
         raise GliderError(f"{arguments.text!r} is neither a configuration file nor key=value")
-    plans = arguments.command == "plan" or (arguments.dry_run and not command.own_usage)
-    takes_ranks = plans or command.launches or arguments.command == "bench"
-    if (arguments.fresh and not command.launches) or (arguments.ranks and not takes_ranks):
+    if arguments.dry_run and arguments.command in ("bench", "runs"):
         raise GliderError(
-            f"--ranks and --fresh belong to quickstart (and bench); start {arguments.command} with a launcher"
+            "--dry-run belongs to stages that plan knows, slurm submit and pool import, not to "
+            f"{arguments.command}"
+        )
+    plans = arguments.command == "plan" or (arguments.dry_run and not command.own_usage)
+    if arguments.fresh and not command.launches:
+        raise GliderError(f"--fresh belongs to quickstart, not to {arguments.command}")
+    if arguments.ranks and not (plans or command.launches or arguments.command == "bench"):
+        raise GliderError(
+            "--ranks belongs to quickstart, plan, --dry-run and bench dispatch|joint, not to "
+            f"{arguments.command}; a launcher says how many ranks a stage has"
         )
     if not command.serves:
         adopt_slurm(os.environ)
@@ -242,12 +255,9 @@ def _help(name: str) -> str:
     if name not in COMMANDS:
         rows = "\n".join(f"  {key:14} {command.doc}" for key, command in COMMANDS.items())
         codes = "0 done, 2 bad input, 85 stopped by a signal or max_minutes (run it again), 130 interrupted"
-        return (
-            f"{USAGE}\ncommands:\n{rows}\n\nexit codes: {codes}\n`glider-dist COMMAND --help` lists every setting."
-        )
+        return f"{USAGE}\ncommands:\n{rows}\n\nexit codes: {codes}"
     if COMMANDS[name].own_usage:
         return str(importlib.import_module(COMMANDS[name].target.partition(":")[0]).USAGE)
-    flags = "flags: --ranks N, --fresh\n" if COMMANDS[name].launches else ""
     lines = []
     defaults = COMMANDS[name].defaults
     if COMMANDS[name].launches:
@@ -256,7 +266,7 @@ def _help(name: str) -> str:
         default = defaults.get(setting.key, setting.default)
         choices = f" [{'|'.join(setting.choices)}]" if setting.choices else ""
         lines.append(f"  {setting.key}={default}  ({setting.kind}){choices}\n      {setting.doc}")
-    return f"{USAGE}\n{name}: {COMMANDS[name].doc}\n{flags}\nsettings:\n" + "\n".join(lines)
+    return f"{USAGE}\n{name}: {COMMANDS[name].doc}\n\nsettings:\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from glider_dist.lora.bank import SiteBank
 from glider_dist.parallel.cost import Costs
@@ -27,6 +28,13 @@ def mesh_of(expert_parallel: int) -> Mesh:
     mesh = _meshes[expert_parallel]
     assert mesh is not None
     return mesh
+
+
+def sum_over_replicas(mesh: Mesh, tensor: torch.Tensor) -> torch.Tensor:
+    """Sum in place over the ranks that hold the same experts, and return it (expert gradients)."""
+    if mesh.replica_group is not None:
+        dist.all_reduce(tensor, group=mesh.replica_group)
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -267,11 +275,11 @@ def run_sequence(
             pairs["x"] = [(own.x.grad, formula.x.grad[mine])]
         if not first.frozen:
             pairs["A"] = [
-                (mesh.sum_over_replicas(part.A.grad), bank.A.grad[owned])
+                (sum_over_replicas(mesh, part.A.grad), bank.A.grad[owned])
                 for part, bank in zip(banks, whole, strict=True)
             ]
             pairs["B"] = [
-                (mesh.sum_over_replicas(part.B.grad), bank.B.grad[owned])
+                (sum_over_replicas(mesh, part.B.grad), bank.B.grad[owned])
                 for part, bank in zip(banks, whole, strict=True)
             ]
         if keep is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cotraining_worker import CPU, base_model
-from rank_cases import mesh_of
+from rank_cases import mesh_of, sum_over_replicas
 
 import glider_dist as gd
 from glider_dist.config import Config, MeshConfig, TrainConfig
@@ -149,7 +149,7 @@ class PlainEngine:
             if key in self.gates or self.mesh is None:
                 dist.all_reduce(leaf.grad)
             else:
-                self.mesh.sum_over_replicas(leaf.grad)
+                sum_over_replicas(self.mesh, leaf.grad)
             leaf.grad /= world
             square[key in self.gates] += leaf.grad.double().square().sum()
         if self.mesh is not None and self.mesh.expert_group is not None:
@@ -177,7 +177,7 @@ class PlainEngine:
 
 def ranks() -> Ranks:
     rank, world = dist.get_rank(), dist.get_world_size()
-    return Ranks(rank, world, rank, world, CPU, dist.group.WORLD if world > 1 else None)
+    return Ranks(rank, world, rank, CPU, dist.group.WORLD if world > 1 else None)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from rank_cases import mesh_of, relative_error
+from rank_cases import mesh_of, relative_error, sum_over_replicas
 from routed_models import ALPHAS, MODELS
 
 import glider_dist as gd
@@ -200,7 +200,7 @@ def compare(run: Run, path: str) -> Found:
                         if reference.A.grad is None:  # BERT's pooler, whose output nobody reads
                             continue
                         for ours, theirs in ((bank.A, reference.A), (bank.B, reference.B)):
-                            found.note("experts", mesh.sum_over_replicas(ours.grad), theirs.grad[list(owned)])
+                            found.note("experts", sum_over_replicas(mesh, ours.grad), theirs.grad[list(owned)])
                 if run.gated:
                     for site, gate in own.gates.items():
                         if all_experts.gates[site].grad is None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import one_sentence
 from safetensors.torch import load_file
-from small_jobs import describe_and_index, settings, snapshot, write_tasks
+from small_jobs import command, describe_and_index, settings, snapshot, write_tasks
 
-from glider_dist import bench
-from glider_dist.bench import arrow
+from glider_dist.bench import arrow, without_gates
 from glider_dist.bench.without_gates import randomised
 from glider_dist.cli import run_stage
 from glider_dist.errors import GliderError
@@ -26,8 +26,8 @@ def test_arrow_is_timed_in_turns_with_pefts_and_their_logits_agree(
 ) -> None:
     monkeypatch.setattr(arrow, "COUNTS", (3,))
     monkeypatch.setattr(arrow, "ROUNDS", 2)
-    arrow.report(tmp_path / "bench.json")
-    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    arrow.run(tmp_path)
+    (row,) = json.loads((tmp_path / "bench_arrow.json").read_text())["rows"]
     assert row["adapters"] == 3
     assert row["distance"] < 1e-4
     assert all(len(row[side]["seconds"]) == 2 and row[side]["first"] > 0 for side in arrow.SIDES)
@@ -47,7 +47,7 @@ def test_routing_without_gates_is_compared_with_random_adapters(
     describe_and_index(pool)
     before = snapshot(pool.path)
     words = settings(tmp_path, base=base, router__local="arrow", evaluate__routers="[base,arrow,glider]")
-    run_stage("bench", read_config(None, words), bench.run, "without-gates")
+    run_stage("bench", read_config(None, words), without_gates.run)
     text = (tmp_path / "run" / "without_gates.txt").read_text()
     assert text in capsys.readouterr().out
     rows = [line.split("  ")[0] for line in text.splitlines()[2:7]]
@@ -63,7 +63,7 @@ def test_routing_without_gates_is_compared_with_random_adapters(
                 assert torch.equal(found[key], value) == same
                 assert found[key].shape == value.shape
     with pytest.raises(GliderError, match=r"cannot run 'glider' with router\.local=gate"):
-        run_stage("bench", read_config(None, [*words, "router.local=gate"]), bench.run, "without-gates")
+        run_stage("bench", read_config(None, [*words, "router.local=gate"]), without_gates.run)
 
 
 def test_random_weights_keep_size_and_follow_from_the_seed() -> None:
@@ -76,10 +76,31 @@ def test_random_weights_keep_size_and_follow_from_the_seed() -> None:
     assert not torch.equal(made["a"], randomised(tensors, 8)["a"])
 
 
-def test_an_unknown_measurement_is_told(tmp_path: Path) -> None:
-    cfg = read_config(None, [f"run_dir={tmp_path}"])
-    with pytest.raises(GliderError, match="bench knows evaluate, arrow, without-gates, not 'speed'"):
-        run_stage("bench", cfg, bench.run, "speed")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("", "bench knows layer, arrow, dispatch, joint, train, checkpoint, embeddings, evaluate, without-gates"),
+        ("speed", "not 'speed'"),
+        ("layer arrow", "bench layer takes no more words, not 'arrow'"),
+        ("evaluate arrow", "bench evaluate takes no more words, not 'arrow'"),
+        ("train batches speed", "bench train knows startup, sharded, mixing, batches, not 'speed'"),
+        ("train batches rows=2", "takes run_dir=, not rows="),
+        ("train job.yaml", "bench train takes no configuration file (job.yaml)"),
+        ("train --ranks 2", "--ranks belongs to bench dispatch and bench joint, not to bench train"),
+        (
+            "train batches --dry-run",
+            "--dry-run belongs to stages that plan knows",
+        ),
+        ("embeddings requests=many", "requests needs a number from 2 on, not 'many'"),
+        ("embeddings train.seed=1", "takes run_dir=, peer=, requests=, not train.seed="),
+    ],
+)
+def test_what_no_measurement_takes_is_refused_before_anything_runs(
+    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert told in one_sentence(command("bench", *words.split()))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

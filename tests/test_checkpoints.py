@@ -97,21 +97,6 @@ def test_what_a_process_killed_while_it_deleted_has_left_is_no_checkpoint_and_go
     assert list(files.folder.iterdir()) == []
 
 
-def test_a_checkpoint_of_many_counts_when_all_parts_of_its_step_are_good(files):
-    files.write("shared", 10, tensors(), {})
-    step, parts, problems = files.newest(["expert_1", "shared"])
-    assert (step, set(parts), problems) == (10, {"expert_1", "shared"}, [])
-    files.write("shared", 20, tensors(), {})
-    assert files.newest(["expert_1", "shared"])[0] == 20
-    path = files.path("shared", 20)
-    path.write_bytes(path.read_bytes()[:-1])
-    step, _, problems = files.newest(["expert_1", "shared"])
-    assert step == 10
-    assert len(problems) == 1
-    assert str(path) in problems[0]
-    assert files.newest(["expert_1", "expert_2"])[0] == 0
-
-
 @pytest.mark.parametrize("name", ["../evil", "a/b", "/etc/x", "", ".hidden", "a\0b", "x" * 300])
 def test_a_name_that_leads_elsewhere_is_refused(files, name):
     for call in (lambda: files.write(name, 1, {}, {}), lambda: files.read(name, 1), lambda: files.remove(name)):

@@ -82,6 +82,12 @@ def test_three_ranks_or_two_copies_of_two_give_the_same(local_ranks: Ranks, pool
     check(runs, local_ranks(world).run(compare_all, runs, pools(name)))
 
 
+def test_one_expert_over_two_copies_of_two_ranks_leaves_one_of_each_without(local_ranks: Ranks, tmp_path):
+    random_pool(tmp_path / "pool", MODELS["llama"](), experts=1)
+    runs = [Run("llama", "global", dispatch, experts=1) for dispatch in ("all_to_all", "gather")]
+    check(runs, local_ranks(4).run(compare_all, runs, str(tmp_path / "pool")))
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_single_precision_agrees_to_its_digits(local_ranks: Ranks, pools, name):
     runs = [Run(name, "oracle", dispatch, dtype=torch.float32) for dispatch in ("all_to_all", "gather")]

@@ -236,6 +236,19 @@ def test_answers_are_those_of_each_query_alone_in_the_order_asked(name, router, 
         assert texts[i] == attached.base.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_generation_without_prompts_is_refused_and_none_is_no_prompt(loaded):
+    attached = loaded("llama")
+    for nothing in ({}, {"input_ids": None}):
+        with pytest.raises(gd.GliderError, match="generate needs prompts: give one of input_ids, inputs_embeds"):
+            gd.generate(attached.model, max_new_tokens=2, **nothing)
+    ids = torch.tensor([[5, 6, 7]])
+    embedded = attached.model.get_input_embeddings()(ids)
+    with attached.scope([0]):
+        made = gd.generate(attached.model, input_ids=None, inputs_embeds=embedded, max_new_tokens=2)
+        assert gd.generate(attached.model, inputs=ids[:0], max_new_tokens=2).shape == (0, 3)
+        assert gd.generate(attached.model, input_ids=ids, max_new_tokens=2)[0, 3:].tolist() == made[0].tolist()
+
+
 def test_answers_of_the_same_length_go_on_after_the_end_token(loaded):
     attached = loaded("llama")
     gd.set_router(attached.model, ROUTERS["glider"])

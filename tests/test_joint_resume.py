@@ -130,10 +130,11 @@ def test_killed_while_its_experts_take_their_places_the_job_is_done_and_not_done
     assert largest_difference(adapters(whole / "pool"), adapters(folder / "pool")) == 0.0
 
 
-def test_a_damaged_file_of_one_expert_takes_all_back_to_the_older_step(folder, base, whole):
+@pytest.mark.parametrize("part", ["experts/copy", "job"])
+def test_a_damaged_file_of_one_expert_or_of_the_job_takes_all_back_to_the_older_step(part, folder, base, whole):
     with work.at_turn(8, work.killed), pytest.raises(work.Killed):
         run(folder, base)
-    files = sorted((folder / "run" / "checkpoints" / "joint" / "experts" / "copy").glob("step-*"))
+    files = sorted((folder / "run" / "checkpoints" / "joint" / part).glob("step-*"))
     assert [path.name for path in files] == ["step-00000004.safetensors", "step-00000006.safetensors"]
     content = bytearray(files[-1].read_bytes())
     content[-3] ^= 1

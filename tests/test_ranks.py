@@ -11,6 +11,12 @@ from pathlib import Path
 import pytest
 from small_jobs import free_port
 
+IMPATIENT = """from datetime import timedelta
+from glider_dist.parallel import ranks
+from glider_dist.parallel.ranks import start_ranks
+ranks._TENSOR_PATIENCE = timedelta(seconds=2)
+"""
+
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the cores of a process are not known here")
 @pytest.mark.parametrize(("chosen", "wanted"), [("1", 1), (None, len(os.sched_getaffinity(0)))])
@@ -30,8 +36,7 @@ def test_the_threads_a_user_asks_for_are_kept_and_else_every_core_has_one(chosen
 )
 def test_ranks_that_cannot_meet_are_told_in_one_sentence(rank: str, taken: bool, wanted: str) -> None:
     script = "from glider_dist.errors import GliderError\n"
-    script += "from glider_dist.parallel.ranks import start_ranks\n"
-    script += "try:\n    start_ranks('cpu', 2 / 60)\nexcept GliderError as error:\n    print(error)"
+    script += f"{IMPATIENT}try:\n    start_ranks('cpu')\nexcept GliderError as error:\n    print(error)"
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         port = str(other.getsockname()[1])
@@ -53,8 +58,7 @@ def test_ranks_that_cannot_meet_are_told_in_one_sentence(rank: str, taken: bool,
 
 def test_ranks_wait_longer_for_each_other_than_for_a_tensor() -> None:
     script = "import sys, time, torch, torch.distributed as dist\n"
-    script += "from glider_dist.parallel.ranks import start_ranks\n"
-    script += "ranks = start_ranks('cpu', 2 / 60)\n"
+    script += f"{IMPATIENT}ranks = start_ranks('cpu')\n"
     script += "time.sleep(4 * ranks.rank)\n"
     script += "print(ranks.gather(ranks.rank))\n"
     script += "time.sleep(4 * ranks.rank)\n"

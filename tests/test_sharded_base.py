@@ -61,7 +61,7 @@ def read_hash(base: str, stage: int, node: int) -> tuple[list[str], Fingerprint]
         read.append(str(folder))
         return weights_hash(folder)
 
-    ranks = replace(here(), local_rank=here().rank % node, local_world=node)
+    ranks = replace(here(), local_rank=here().rank % node)
     with patch("glider_dist.model.base.weights_hash", hashed):
         cfg = read_config(None, [f"base={base}", f"zero_stage={stage}", "device=cpu", "dtype=float32"])
         return read, Job(cfg, "train-experts", ranks).fingerprint

@@ -90,5 +90,6 @@ def test_an_evaluation_only_task_gives_its_test_examples_and_nothing_else(part):
 
 
 def test_the_prompt_ends_without_a_space_and_the_answer_starts_with_one():
-    assert prompt("Say yes.", _example(1)) == "Say yes.\nInput: input 1\nOutput:"
+    assert prompt("Say yes.", _example(1).input) == "Say yes.\nInput: input 1\nOutput:"
+    assert prompt("Say yes.", None) == "Say yes.\nOutput:"
     assert answer("yes") == " yes"

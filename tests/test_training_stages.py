@@ -13,9 +13,7 @@ import torch
 from small_jobs import adapters, command, cores, finish, kill, largest_difference, start, write_tasks
 from small_jobs import settings as job_settings
 
-from glider_dist.bench import train as bench
-from glider_dist.bench import train_sharded
-from glider_dist.parallel.ranks import ALONE
+from glider_dist.bench import train, train_sharded
 from glider_dist.pool import ExpertPool
 from glider_dist.testing import save_tiny_base, tiny_causal
 
@@ -116,15 +114,23 @@ def test_a_killed_stage_goes_on_in_the_middle_of_its_experts(job):
     assert largest_difference(adapters(job / "whole"), adapters(job / "pool")) == 0.0
 
 
-def test_the_benchmark_compares_the_ways_on_any_base(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "ROUNDS", 1)
-    monkeypatch.setattr(bench, "EXPERTS", 3)
-    there = bench.Bench(ALONE, base=str(save_tiny_base(tmp_path, tiny_causal(vocab_size=40000))))
-    bench.batches(there)
-    bench.mixing(there)
+def test_the_benchmark_compares_the_ways_on_any_base_and_keeps_its_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "ROUNDS", 1)
+    monkeypatch.setattr(train, "EXPERTS", 3)
+    base = str(save_tiny_base(tmp_path / "base", tiny_causal(vocab_size=40000)))
+    train.run(tmp_path, ["batches", "mixing"], base)
     printed = capsys.readouterr().out
     assert "2 rows a step: together is" in printed
     assert "64 experts" in printed
+    kept = json.loads((tmp_path / "bench_train.json").read_text())
+    assert [(row["batch"], row["way"]) for row in kept["batches"]] == [
+        (batch, way) for batch in (2, 16) for way in ("one after another", "together")
+    ]
+    assert [(row["tokens"], row["experts"]) for row in kept["mixing"]] == [
+        (64 * length, experts) for length in (16, 64) for experts in (1, 4, 16, 64)
+    ]
+    assert all(row["s"] > 0 for row in kept["batches"] + kept["mixing"])
+    assert not {"startup", "sharded"} & set(kept)
 
 
 @pytest.mark.jobs

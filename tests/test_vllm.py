@@ -163,7 +163,7 @@ def ask(address: str, path: str, body: dict[str, Any] | None = None) -> Any:
 
 def their_answers(address: str, queries: Sequence[Query]) -> list[str]:
     def answer(query: Query) -> str:
-        text = prompt(query.instruction, query.example)
+        text = prompt(query.instruction, query.example.input)
         body = {"model": query.task.name, "prompt": text, "max_tokens": NEW_TOKENS, "temperature": 0}
         reply = ask(address, "completions", body)
         assert reply["usage"]["prompt_tokens"] == len(query.encoded.prompt)

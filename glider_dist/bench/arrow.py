@@ -1,4 +1,4 @@
-"""Arrow here and in PEFT: time and memory of a forward pass over 8, 32 and 128 adapters.
+"""``glider-dist bench arrow``: Arrow here and in PEFT, time and memory of a forward over 8, 32 and 128 adapters.
 
 Both run in fp32 on the CPU over a random Llama of two layers of width 576 (those of SmolLM2-135M) and the same
 rank-16 adapters, each in a process of its own with one thread. The processes take turns, forward by forward, so
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -29,27 +29,24 @@ from glider_dist.pool.files import write_json
 from glider_dist.pool.table import table
 from glider_dist.testing import tiny_causal
 
-if TYPE_CHECKING:
-    from glider_dist.job import Job
-
 COUNTS = (8, 32, 128)
 BATCH, LENGTH, RANK, TOP_K, ROUNDS = 4, 64, 16, 2, 9
 SIZE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 SIDES = ("peft", "ours")
+DOMINANT = 20.0
 
 
-def run(job: Job) -> None:
-    """Print the table, and write ``run_dir/bench_arrow.json``."""
-    job.ranks.on_main(lambda: report(job.run_dir / "bench_arrow.json"))
+def run(folder: Path) -> None:
+    """Measure, print the table, and write every number to ``bench_arrow.json``.
 
-
-def report(file: Path) -> None:
-    """Measure, print the table and write every number to ``file``."""
+    Raises:
+        GliderError: the two give different logits.
+    """
     setting = f"{BATCH} x {LENGTH} tokens, rank {RANK}, top_k {TOP_K}, fp32, one thread, {ROUNDS} rounds in turns"
     print(setting, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [compare(Path(folder) / str(count), count) for count in COUNTS]
-    write_json(file, {"setting": setting, "rows": rows})
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = [compare(Path(scratch) / str(count), count) for count in COUNTS]
+    write_json(folder / "bench_arrow.json", {"setting": setting, "rows": rows})
     print(arrow_table(rows), flush=True)
 
 
@@ -158,7 +155,7 @@ def _memory(key: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
-def dominant_pool(path: Path, model: Any, experts: int, rank: int = RANK, strength: float = 20.0) -> ExpertPool:
+def dominant_pool(path: Path, model: Any, experts: int, rank: int = RANK) -> ExpertPool:
     """Random experts whose ``B A`` has, at every site, one singular value far above the others; no gates."""
     pool = ExpertPool.create(path, base="random", fingerprint=fingerprint(model))
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
@@ -170,14 +167,10 @@ def dominant_pool(path: Path, model: Any, experts: int, rank: int = RANK, streng
             d_out, d_in = site.shape
             a = torch.randn(rank, d_in, generator=generator) / d_in**0.5
             b = torch.randn(d_out, rank, generator=generator) / d_out**0.5
-            a[0] *= strength
+            a[0] *= DOMINANT
             weights[name] = (a, b)
         with tempfile.TemporaryDirectory() as folder:
             alpha = rank * (0.2 + 0.1 * (index % 5))
             write_adapter(Path(folder), weights, alpha, peft_targets(sites, model), "random", kind)
             pool.add(f"expert_{index}", adapter=folder)
     return pool
-
-
-if __name__ == "__main__":
-    report(Path("runs/bench/bench_arrow.json"))

@@ -11,9 +11,10 @@ from glider_dist.errors import GliderError
 if TYPE_CHECKING:
     from glider_dist.cli import Arguments
 
-USAGE = """usage: glider-dist bench layer|arrow|train
+USAGE = """usage: glider-dist bench layer|arrow|checkpoint
        glider-dist bench dispatch|joint [--ranks N]
-       glider-dist bench embeddings|checkpoint
+       glider-dist bench train [startup] [sharded] [mixing] [batches]
+       glider-dist bench embeddings [peer=URL] [requests=N]
        deepspeed --num_gpus N --module glider_dist bench evaluate|without-gates [CONFIG.yaml] [key=value ...]
 
 layer          a routed layer in one process, against one LoRA, a loop over experts, every expert on every token
@@ -21,7 +22,7 @@ dispatch       one exchange between N processes on gloo, by each strategy, forwa
                the cells with so many tokens a rank
 joint          a step of joint training by ZeRO stage and dispatch, against one process and replicated experts
 arrow          Arrow here and in PEFT: time and memory at 8, 32 and 128 adapters
-train          many experts in one job, against one after another
+train          many experts in one job, against one after another; only the named parts of it
 checkpoint     what keeping unfinished experts costs a training step
 embeddings     the embedding service against the bare model, and a peer=URL: throughput, cached texts, memory
 evaluate       seconds per query of evaluate.routers, and their ratios to the base alone (settings of evaluate)
@@ -30,16 +31,19 @@ without-gates  scores of the routers that need no gates, beside random adapters 
 Each prints a table and writes its numbers into run_dir (default runs/bench).
 """
 
-_STAGES = {
-    "evaluate": "glider_dist.bench.evaluation",
-    "without-gates": "glider_dist.bench.without_gates",
-    "arrow": "glider_dist.bench.arrow",
-}
+_STAGES = {"evaluate": "glider_dist.bench.evaluation", "without-gates": "glider_dist.bench.without_gates"}
+_ALONE = ("layer", "arrow", "dispatch", "joint", "train", "checkpoint", "embeddings")
 
 
 def run(arguments: Arguments) -> int:
-    """Raises GliderError for an unknown measurement."""
-    what = arguments.text or "nothing"
+    """Raises GliderError for an unknown measurement, and for a word, a key or a flag that it does not take."""
+    what, words = arguments.text or "nothing", arguments.words[1:]
+    if what not in (*_ALONE, *_STAGES):
+        raise GliderError(f"bench knows {', '.join([*_ALONE, *_STAGES])}, not {what!r}")
+    if words and what != "train":
+        raise GliderError(f"bench {what} takes no more words, not {words[0]!r}")
+    if arguments.ranks and what not in ("dispatch", "joint"):
+        raise GliderError(f"--ranks belongs to bench dispatch and bench joint, not to bench {what}")
     if what in _STAGES:
         from glider_dist.cli import run_stage
         from glider_dist.settings import read_config
@@ -47,25 +51,25 @@ def run(arguments: Arguments) -> int:
         cfg = read_config(arguments.file, arguments.overrides, {})
         run_stage("bench", cfg, importlib.import_module(_STAGES[what]).run)
         return 0
-    from glider_dist.bench import checkpoint, dispatch, embeddings, joint, layer, train
+    if arguments.file is not None:
+        raise GliderError(f"bench {what} takes no configuration file ({arguments.file})")
+    from glider_dist.bench import arrow, checkpoint, dispatch, embeddings, joint, layer, train
 
-    if what == "layer":
-        layer.run(_folder(arguments))
-    elif what == "dispatch":
+    if what == "dispatch":
         folder, more = _folder_and(arguments, "tokens")
         dispatch.run(folder, arguments.ranks or 2, more.get("tokens"))
     elif what == "joint":
         joint.run(_folder(arguments), arguments.ranks or 2)
     elif what == "embeddings":
         folder, more = _folder_and(arguments, "peer", "requests")
-        embeddings.run(folder, more.get("peer"), requests=int(more.get("requests", 2000)))
-    elif what == "checkpoint":
-        checkpoint.run(_folder(arguments))
+        requests = more.get("requests", "2000")
+        if not requests.isdigit() or int(requests) < 2:
+            raise GliderError(f"requests needs a number from 2 on, not {requests!r}")
+        embeddings.run(folder, more.get("peer"), requests=int(requests))
     elif what == "train":
-        train.main([])
+        train.run(_folder(arguments), words)
     else:
-        known = ", ".join(["layer", "dispatch", "joint", "embeddings", "train", "checkpoint", *_STAGES])
-        raise GliderError(f"bench knows {known}, not {what!r}")
+        {"layer": layer, "arrow": arrow, "checkpoint": checkpoint}[what].run(_folder(arguments))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Training many experts in one loop against one after another, and against separate PEFT runs.
 
-``python -m glider_dist.bench.train [mixing] [batches] [startup] [sharded]`` prints the tables: all by default,
-about fifteen minutes on two cores. The base is SmolLM2-135M, the rows are random tokens, the experts have rank 16
+``glider-dist bench train [startup] [sharded] [mixing] [batches] [run_dir=FOLDER]``: all of them by default, about
+fifteen minutes on two cores. The base is SmolLM2-135M, the rows are random tokens, the experts have rank 16
 on every linear layer. One process with all its threads, but for the last table. Ways are timed in turn, and ratios
 are of medians.
 
@@ -23,8 +23,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import linear_sites, peft_targets
 from glider_dist.parallel.ranks import Ranks, start_ranks
+from glider_dist.pool.files import write_json
 from glider_dist.training.batches import Packing, packing_for
 from glider_dist.training.cotrain import CoTraining
 from glider_dist.training.runner import Runner, installed
@@ -61,6 +63,8 @@ class Load:
 
 
 LOADS = (Load(32, 20, 2), Load(8, 10, 16))
+PARTS = ("startup", "sharded", "mixing", "batches")
+"""In the order in which they run: first what loads no base into this process."""
 
 
 class Bench:
@@ -105,12 +109,11 @@ def trainee(name: str, steps: int, batch: int, low: int = 12, high: int = 36) ->
     return Trainee(name, data, data[:1], Recipe.of(train, 0))
 
 
-def mixing(bench: Bench) -> None:
-    for length in ROW_LENGTHS:
-        _mixing(bench, length)
+def mixing(bench: Bench) -> list[dict[str, Any]]:
+    return [row for length in ROW_LENGTHS for row in _mixing(bench, length)]
 
 
-def _mixing(bench: Bench, length: int) -> None:
+def _mixing(bench: Bench, length: int) -> list[dict[str, Any]]:
     """One forward and backward of 64 rows of ``length`` tokens, and one update of each expert."""
     tokens = 64 * length
     together = Packing(tokens, tokens + 1, tokens, 0)
@@ -134,13 +137,15 @@ def _mixing(bench: Bench, length: int) -> None:
     print(f"\none step of 64 rows of {length} tokens, each expert's AdamW included")
     for name, value in seconds.items():
         print(f"{name:>4} experts {value:8.3f} s {value / seconds['1']:8.2f}x", flush=True)
+    return [{"tokens": tokens, "experts": int(name), "s": value} for name, value in seconds.items()]
 
 
-def batches(bench: Bench) -> None:
+def batches(bench: Bench) -> list[dict[str, Any]]:
     """In one process, together and one after another."""
     peak = bench.speed_of_light()
     parameters = sum(p.numel() for p in bench.base.model.parameters())
     print(f"\n{EXPERTS} experts in one process; matrix products reach {peak / 1e12:.2f} TFLOP/s here")
+    found = []
     for batch, steps in ((2, 4), (16, 1)):
         loops: dict[int, CoTraining] = {}
 
@@ -152,11 +157,14 @@ def batches(bench: Bench) -> None:
         for name, slots in ways.items():
             runner = loops[slots].runner
             rate = runner.tokens / seconds[name]
+            padding = 100 * runner.padding / (runner.padding + runner.tokens)
+            reached = 100 * 4 * parameters * rate / peak
             print(
                 f"{batch:3} rows a step, {name:18} {rate:7.0f} tokens/s, "
-                f"{100 * runner.padding / (runner.padding + runner.tokens):4.1f} % padding, "
-                f"{100 * 4 * parameters * rate / peak:4.1f} % of the products' speed"
+                f"{padding:4.1f} % padding, {reached:4.1f} % of the products' speed"
             )
+            numbers = {"s": seconds[name], "tokens/s": rate, "% padding": padding, "% of products": reached}
+            found.append({"way": name, "experts": EXPERTS, "steps": steps, "batch": batch, **numbers})
         ratio = seconds["one after another"] / seconds["together"]
         print(f"{batch:3} rows a step: together is {ratio:.2f} times as fast", flush=True)
     loop = loops[EXPERTS]
@@ -164,6 +172,7 @@ def batches(bench: Bench) -> None:
         f"an expert in training takes {loop.slots.bytes_per_expert / 1e6:.1f} MB of weights and gradients and "
         f"{loop.optimizer.bytes_per_expert / 1e6:.1f} MB of moments"
     )
+    return found
 
 
 def one_job(load: Load) -> None:
@@ -220,13 +229,12 @@ def _told(work: Callable[[], Any]) -> None:
     print(json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
 
 
-def startup() -> None:
+def startup() -> list[dict[str, Any]]:
     """Whole processes, timed from outside."""
-    for load in LOADS:
-        _startup(load)
+    return [{**asdict(load), **row} for load in LOADS for row in _startup(load)]
 
 
-def _startup(load: Load) -> None:
+def _startup(load: Load) -> list[dict[str, Any]]:
     def process(*words: str) -> dict[str, float]:
         started = time.perf_counter()
         sizes = map(str, (load.experts, load.steps, load.batch))
@@ -253,28 +261,45 @@ def _startup(load: Load) -> None:
         f"{PEFT_RUNS} of PEFT's processes were run, their medians count {load.experts} times\n{table_of(rows)}",
         flush=True,
     )
+    return rows
 
 
-def main(words: list[str]) -> None:
-    """Print the tables named in ``words``, or all."""
-    if words and words[0] in ("one-job", "one-peft", "one-trainer"):
-        load = Load(*map(int, words[1:4]))
-        return one_job(load) if words[0] == "one-job" else one_peft(load, words[4], words[0] == "one-trainer")
-    tables = {"mixing": mixing, "batches": batches}
-    if unknown := [word for word in words if word not in (*tables, "startup", "sharded")]:
-        raise GliderError(f"bench.train knows mixing, batches, startup and sharded, not {unknown[0]!r}")
-    chosen = words or [*tables, "startup", "sharded"]
-    if "startup" in chosen:
-        startup()
-    if "sharded" in chosen:
-        from glider_dist.bench import train_sharded
+def run(folder: Path, parts: Sequence[str] = (), base: str = BASE) -> None:
+    """Print the tables of ``parts``, or all, and write ``bench_train.json``.
 
-        train_sharded.run()
-    if bench := Bench(start_ranks()) if set(chosen) & set(tables) else None:
-        for name, table in tables.items():
-            if name in chosen:
-                table(bench)
+    Args:
+        base: of all but ``startup``, whose processes train :data:`BASE`.
+
+    Raises:
+        GliderError: there is no such part, or the losses of ``sharded`` differ, which would be a bug.
+    """
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise GliderError(f"bench train knows {', '.join(PARTS)}, not {unknown[0]!r}")
+    found: dict[str, list[dict[str, Any]]] = {}
+    bench: Bench | None = None
+    for part in PARTS:
+        if parts and part not in parts:
+            continue
+        if part == "startup":
+            found[part] = startup()
+        elif part == "sharded":
+            from glider_dist.bench import train_sharded
+
+            found[part] = train_sharded.run(base)
+        else:
+            bench = bench or Bench(start_ranks(), base=base)
+            found[part] = mixing(bench) if part == "mixing" else batches(bench)
+    write_json(folder / "bench_train.json", {"bench": "train", "base": base, "rank": RANK, **found})
+
+
+def _process(kind: str, experts: str, steps: str, batch: str, name: str = "") -> None:
+    """One of the processes that :func:`startup` times."""
+    load = Load(int(experts), int(steps), int(batch))
+    if kind == "one-job":
+        one_job(load)
+    else:
+        one_peft(load, name, kind == "one-trainer")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    _process(*sys.argv[1:])

@@ -16,13 +16,14 @@ from glider_dist.parallel.local_ranks import LocalRanks, joined_ranks
 RANKS, EXPERTS, STEPS, BATCH, ROUNDS = 2, 4, 4, 8, 3
 
 
-def run(base: str = BASE) -> None:
+def run(base: str = BASE) -> list[dict[str, Any]]:
     """Print a row for each way. Two ranks of one thread each, with four experts of their own.
 
     Raises:
         GliderError: the losses differ, which would be a bug.
     """
-    rows, losses = [], []
+    rows: list[dict[str, Any]] = []
+    losses = []
     for name, stage in (("replicated", 0), ("ZeRO 3", 3)):
         with LocalRanks(RANKS, timeout_s=1800.0) as processes:
             found = processes.run(measure, stage, base)
@@ -42,6 +43,7 @@ def run(base: str = BASE) -> None:
         f"\n{RANKS} ranks, {EXPERTS} experts each, steps of {BATCH} rows an expert\n{table(rows)}",
         flush=True,
     )
+    return rows
 
 
 def measure(zero_stage: int, base: str) -> dict[str, Any]:

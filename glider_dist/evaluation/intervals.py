@@ -54,13 +54,9 @@ def mean_interval(
 
 
 def paired_difference(
-    a: Mapping[str, np.ndarray],
-    b: Mapping[str, np.ndarray],
-    samples: int,
-    seed: int,
-    level: float = 0.95,
+    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], samples: int, seed: int
 ) -> Interval:
-    """Mean of ``a - b`` with its interval, where entry i of a task is the same query in both.
+    """Mean of ``a - b`` with its 95 % interval, where entry i of a task is the same query in both.
 
     Pairing removes what the queries share (some are hard for every router), so this interval may exclude 0
     where the two separate intervals overlap. Arguments as in :func:`mean_interval`.
@@ -75,4 +71,4 @@ def paired_difference(
             raise GliderError(
                 f"task {task!r} has {len(a[task])} and {len(b[task])} queries; pairing needs the same queries"
             )
-    return mean_interval({task: np.subtract(a[task], b[task]) for task in a}, samples, seed, level)
+    return mean_interval({task: np.subtract(a[task], b[task]) for task in a}, samples, seed)

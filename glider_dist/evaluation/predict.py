@@ -15,7 +15,10 @@ from glider_dist.model.attach import detach, routing_stats
 from glider_dist.pool import ExpertPool
 from glider_dist.routing.strategies import check_router, needs_scores
 from glider_dist.semantics.global_router import global_router
+from glider_dist.tasks.prompt import prompt
 from glider_dist.tasks.record import check_text
+
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,10 @@ class Prediction:
     cosines: dict[str, float]
 
 
-def split_text(text: str) -> tuple[str, str]:
-    """A typed text as the embedded instruction and the prompt: ``INSTRUCTION Input: INPUT``, else all of it."""
-    parts = re.split(r"\s*\bInput:\s*", text.strip(), maxsplit=1)
-    if len(parts) == 2:
-        return parts[0], f"{parts[0]}\nInput: {parts[1]}\nOutput:"
-    return text.strip(), f"{text.strip()}\nOutput:"
+def split_text(text: str) -> tuple[str, str | None]:
+    """A typed text as instruction and input: ``INSTRUCTION Input: INPUT``, else all of it is the instruction."""
+    instruction, *given = re.split(r"\s*\bInput:\s*", text.strip(), maxsplit=1)
+    return instruction, given[0] if given else None
 
 
 def predict(job: Job, pool: ExpertPool, text: str) -> Prediction:
@@ -46,7 +47,7 @@ def predict(job: Job, pool: ExpertPool, text: str) -> Prediction:
     check_text(text, "the text to answer")
     if check_router(job.cfg.router, len(pool)).static == "assigned":
         raise GliderError("router.kind=oracle needs to know the query's task; choose another router for predict")
-    instruction, prompt = split_text(text)
+    instruction, given = split_text(text)
     similarity = None
     if needs_scores(job.cfg.router):
         similarity = global_router(job, pool).similarity([instruction])
@@ -54,7 +55,8 @@ def predict(job: Job, pool: ExpertPool, text: str) -> Prediction:
     try:
         runner = QueryRunner(job.frozen, job.collator, 1)
         scope = router_scope(model, job.cfg.router, similarity, None)
-        answer = runner.answers([job.collator.encode(prompt)], job.cfg.evaluate.max_new_tokens, scope)[0]
+        encoded = job.collator.encode(prompt(instruction, given))
+        answer = runner.answers([encoded], job.cfg.evaluate.max_new_tokens, scope)[0]
         total = torch.zeros(len(pool))
         for counts in routing_stats(model).values():
             total += counts if len(counts) == len(pool) else 0
@@ -74,10 +76,10 @@ def run(job: Job, text: str = "") -> None:
         print(show(text, prediction), flush=True)
 
 
-def show(text: str, prediction: Prediction, most: int = 3) -> str:
+def show(text: str, prediction: Prediction) -> str:
     """A few lines: query, answer, and the experts that served most of the (token, layer) pairs."""
     lines = [f"query:  {text}", f"answer: {prediction.answer}"]
-    for name, share in prediction.served[:most]:
+    for name, share in prediction.served[:SHOWN]:
         cosine = prediction.cosines.get(name)
         near = "" if cosine is None else f", description cosine {cosine:.2f}"
         lines.append(f"  {name}: {share:.0%} of the routed tokens{near}")

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from glider_dist.errors import GliderError
 from glider_dist.model.batch import Collator, Encoded, target_nll
 from glider_dist.model.engine import FORWARD, GENERATE, STOP, FrozenBase
+from glider_dist.model.example import encode_example
 from glider_dist.parallel.stopping import StopWish
-from glider_dist.tasks.prompt import answer, prompt
 from glider_dist.tasks.task import Example, Task
 
 
@@ -46,11 +45,7 @@ def make_queries(
     queries = []
     for task in tasks:
         for example in task.examples(part)[:limit]:
-            instruction = task.instruction(example, part)
-            try:
-                encoded = collator.encode(prompt(instruction, example), answer(example.target))
-            except GliderError as error:
-                raise GliderError(f"task {task.name!r}, {part}, example {example.id!r}: {error}") from None
+            instruction, encoded = encode_example(collator, task, part, example)
             owner = position.get(task.name) if task.split == "held_in" else None
             queries.append(Query(task, example, instruction, encoded, owner))
     return queries

@@ -6,7 +6,6 @@ Padding with zero rows of A and zero columns of B changes no output.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from functools import cached_property
 import torch
 
 from glider_dist.pool.adapter import SiteLora
+from glider_dist.seed import seed_of
 
 RANK_MULTIPLE = 8
 
@@ -112,8 +112,7 @@ def initial_site(
     d_out, d_in = shape
     rows = []
     for name in names:
-        digest = hashlib.sha256(f"{seed}/{name}/{site}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        generator = torch.Generator().manual_seed(seed_of(seed, name, site))
         rows.append(torch.randn(rank, d_in, generator=generator) * 0.01)
     count = len(rows)
     scale = torch.full((count,), alpha / rank)

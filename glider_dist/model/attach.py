@@ -63,8 +63,12 @@ def attach_pool(
         cache_bytes: frozen experts of other ranks that are kept, at most.
 
     Raises:
-        GliderError: the pool was made for another base, is empty, lacks gates that the router needs, adapts a
-            layer that the model lacks or with another shape, or the model already has a pool.
+        GliderError: the pool was made for another base, is empty or damaged, lacks gates that the router needs,
+            adapts a layer that the model lacks or with another shape, or the model already has a pool;
+            ``dispatch`` is unknown or cannot reach the experts, or the router is refused as by
+            :func:`set_router`. With a mesh also: a rank sees another pool or placement than rank 0, replicas
+            differ, a rank cannot read its experts, or the placement is for another number of ranks. The model
+            is then as it was.
     """
     if _CONTEXT in model.__dict__:
         raise GliderError("this model already has a pool; call glider_dist.detach(model) first")
@@ -181,11 +185,19 @@ def context_of(model: nn.Module) -> RoutingContext:
 
 
 def set_router(model: nn.Module, router: RouterConfig, pool: ExpertPool | None = None) -> None:
-    """Switch the router of an attached model; its experts stay loaded.
+    """Switch the router of an attached model; its experts stay loaded. Ranks that share the experts call it
+    together. Scores set by a ``query_scores`` around it are forgotten.
 
     Args:
-        router: settings left at None take the calibration of the pool that was attached.
+        router: settings left at None take the calibration of the pool that was attached, and published defaults
+            where that has none (with a warning).
         pool: whose calibration is taken instead.
+
+    Raises:
+        GliderError: the model has no pool, the calibration cannot be read, the strategy is unknown, asks for more
+            experts than there are, needs what the pool lacks (gates, average activations, an expert named in
+            ``router.general``, one LoRA rank for what is merged or general) or, where ranks share the experts, all
+            of them on each rank. The router of before stays.
     """
     context = context_of(model)
     uses, pool = strategy_of(router).uses_global, pool or context.pool
@@ -202,7 +214,11 @@ def set_router(model: nn.Module, router: RouterConfig, pool: ExpertPool | None =
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Give back the untouched base: the same module objects in the same places."""
+    """Give back the untouched base, which is also returned: the same module objects in the same places.
+
+    Raises:
+        GliderError: the model has no pool.
+    """
     context = context_of(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, RoutedLinear):
@@ -215,11 +231,15 @@ def detach(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def query_scores(model: nn.Module, similarity: torch.Tensor) -> Iterator[None]:
-    """Set the cosines between each query of the batch and each expert's description.
+    """Set the cosines between each query of the batch and each expert's description, for the forwards inside.
 
     Args:
-        similarity: ``[batch, E]``; -inf excludes an expert for a query. In generation with beams, one row per
-            query, not per beam.
+        similarity: ``[batch, E]`` floating-point, on any device; half precision is read as fp32. -inf excludes an
+            expert for a query. In generation with beams, one row per query, not per beam.
+
+    Raises:
+        GliderError: the model has no pool, or there are not E columns; in the forward, the batch's rows are no
+            multiple of the queries.
     """
     context = context_of(model)
     with context.scores(similarity.to(device_of(model))):
@@ -234,7 +254,8 @@ def assign_experts(model: nn.Module, expert_ids: torch.Tensor) -> Iterator[None]
         expert_ids: ``[batch]`` int64, positions in ``pool.names``.
 
     Raises:
-        GliderError: if there is no such expert.
+        GliderError: the model has no pool, or there is no such expert; in the forward, the batch's rows are no
+            multiple of the queries.
     """
     context = context_of(model)
     experts = expert_ids.tolist()
@@ -245,11 +266,21 @@ def assign_experts(model: nn.Module, expert_ids: torch.Tensor) -> Iterator[None]
 
 
 def routing_stats(model: nn.Module) -> dict[str, torch.Tensor]:
-    """``{site: [E] int64}`` tokens each expert served since the last reset, padding excluded."""
+    """Tokens that each expert served since the last reset, padding excluded.
+
+    Returns:
+        ``{site: [E]}`` int64 on the CPU, E all experts of the pool. Where ranks share them each counts its own
+        tokens, whoever served them. Sites where nothing was routed are missing: all of them under ``base`` and
+        the merged routers.
+
+    Raises:
+        GliderError: the model has no pool.
+    """
     return {site: counts.cpu() for site, counts in context_of(model).counts.items()}
 
 
 def reset_routing_stats(model: nn.Module) -> None:
+    """Count from zero again; raises GliderError if the model has no pool."""
     context_of(model).counts.clear()
 
 

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from glider_dist.errors import GliderError
 from glider_dist.model.attach import context_of
 from glider_dist.model.context import RoutingContext
+
+_PROMPTS = ("input_ids", "inputs_embeds", "inputs")
 
 
 def generate(model: nn.Module, **inputs: Any) -> Any:
@@ -22,16 +25,25 @@ def generate(model: nn.Module, **inputs: Any) -> Any:
     unless ``synced_gpus=True`` asks for it (a base under ZeRO 3).
 
     Args:
-        inputs: what ``generate`` of transformers takes; tensors by name.
+        inputs: what ``generate`` of transformers takes, by name; the prompts are ``input_ids`` (or ``inputs``)
+            ``[rows, length]`` int64, or ``inputs_embeds`` ``[rows, length, width]``.
 
     Returns:
-        What ``generate`` of transformers returns; 0 rows for 0 prompts.
+        What ``generate`` of transformers returns, by default ``[rows, length]`` int64; 0 rows for 0 prompts.
+
+    Raises:
+        GliderError: the model has no pool, no prompts are given (0 rows are some), the router needs similarities
+            or experts that are not set (:func:`glider_dist.query_scores`, :func:`glider_dist.assign_experts`),
+            or another rank has left.
     """
     base: Any = model
     context = context_of(model)
     asked = inputs.pop("synced_gpus", None)
     synced = True if context.exchanges else asked
-    prompts = next(inputs[name] for name in ("input_ids", "inputs_embeds", "inputs") if name in inputs)
+    given = [inputs[name] for name in _PROMPTS if inputs.get(name) is not None]
+    if not given:
+        raise GliderError(f"generate needs prompts: give one of {', '.join(_PROMPTS)}, 0 rows if there are none")
+    prompts = given[0]
     if len(prompts):
         with _idle_when_done(base, context):
             return base.generate(**inputs, synced_gpus=synced)

@@ -67,7 +67,7 @@ def checksums(banks: dict[str, SiteBank]) -> dict[str, list[int]]:
     for site, bank in banks.items():
         total = torch.zeros(bank.num_experts, dtype=torch.int64, device=bank.A.device)
         for tensor in (bank.A, bank.B):
-            words = tensor.detach().reshape(bank.num_experts, -1).contiguous().view(_WORD[tensor.element_size()])
+            words = tensor.detach().contiguous().flatten(1).view(_WORD[tensor.element_size()])
             place = torch.arange(1, words.shape[1] + 1, device=words.device)
             # Weighted by position, so that swapped values are seen; int64 wraps around.
             total = total * 31 + (words.to(torch.int64) * place).sum(1)

@@ -45,12 +45,6 @@ class Mesh:
         """Position in the expert-parallel group."""
         return self.rank % self.expert_parallel
 
-    def sum_over_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum in place over the ranks that hold the same experts, and return it (expert gradients)."""
-        if self.replica_group is not None:
-            dist.all_reduce(tensor, group=self.replica_group)
-        return tensor
-
     def __str__(self) -> str:
         return f"{self.expert_parallel} expert parallel x {self.data_parallel} data parallel"
 

@@ -29,6 +29,8 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=28)
 """How long small messages wait: ranks that train on their own end hours apart, and one may fetch or describe for
 all. A process that dies is noticed at once, as its connections close; one that hangs is the launcher's to end."""
+_TENSOR_PATIENCE = timedelta(minutes=30)
+"""How long a collective of tensors may wait before the job is ended."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Ranks:
 
     Attributes:
         rank, world: position and number of processes.
-        local_rank, local_world: the same on this node.
+        local_rank: position on this node.
         device: ``cuda:local_rank`` or ``cpu``.
         control: a gloo group for small messages; None in a single process.
     """
@@ -45,7 +47,6 @@ class Ranks:
     rank: int
     world: int
     local_rank: int
-    local_world: int
     device: torch.device
     control: dist.ProcessGroup | None
 
@@ -112,7 +113,7 @@ class Ranks:
             dist.destroy_process_group()
 
 
-ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"), None)
+ALONE = Ranks(0, 1, 0, torch.device("cpu"), None)
 """A single process that computes nothing."""
 
 
@@ -124,12 +125,11 @@ def _environment() -> tuple[int, int, int, int]:
     return int(env.get("RANK", "0")), world, int(env.get("LOCAL_RANK", "0")), min(int(local_world), world)
 
 
-def start_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> Ranks:
+def start_ranks(device: str = "auto") -> Ranks:
     """Read the launcher's environment, choose device and threads, and join the process group.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        timeout_minutes: how long a collective of tensors may wait before the job is ended.
 
     Raises:
         GliderError: no GPU where one was asked for, fewer GPUs than ranks on this node, or the ranks do not meet.
@@ -156,15 +156,14 @@ def start_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> Ranks:
         _keep_memory()
     control = None
     if world > 1:
-        timeout = timedelta(minutes=timeout_minutes)
         try:
             dist.init_process_group(
-                "nccl" if cuda else "gloo", timeout=timeout, device_id=target if cuda else None
+                "nccl" if cuda else "gloo", timeout=_TENSOR_PATIENCE, device_id=target if cuda else None
             )
         except dist.DistError as error:
             raise GliderError(_apart(rank, world, str(error))) from None
         control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return Ranks(rank, world, local_rank, local_world, target, control)
+    return Ranks(rank, world, local_rank, target, control)
 
 
 def _apart(rank: int, world: int, reason: str) -> str:

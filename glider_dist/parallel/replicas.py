@@ -76,7 +76,7 @@ def divide(ranks: Ranks, count: int) -> Replicas:
     return Replicas(ranks.rank // count, ranks.world // count, ranks.rank % count, count, own)
 
 
-def check_replicas(count: int, world: int) -> None:
+def check_replica_count(count: int, world: int) -> None:
     """Raises GliderError if the ranks cannot be divided so."""
     if world % count:
         divisors = ", ".join(str(size) for size in range(1, world + 1) if world % size == 0)

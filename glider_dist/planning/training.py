@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from glider_dist.model.batch import Encoded
-from glider_dist.parallel.replicas import check_replicas
+from glider_dist.parallel.replicas import check_replica_count
 from glider_dist.planning.depth import Measured, measured
 from glider_dist.planning.report import StagePlan, seconds
 from glider_dist.planning.target import META, Target
@@ -34,7 +34,7 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
     recipe = Recipe.of(train, cfg.seed, gate)
     # As all experts are taken to have the longest examples, the first rank has as much to do as any.
     costs = [1.0] * len(target.experts.names)
-    check_replicas(train.replicas or 1, target.world)
+    check_replica_count(train.replicas or 1, target.world)
     replicas = train.replicas or replicas_for(costs, target.world, recipe.batch_size)
     mine = len(share_out(costs, target.world // replicas)[0])
     count = slots_for(target.device, train.experts_in_flight, mine)

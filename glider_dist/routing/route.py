@@ -28,8 +28,9 @@ def top_k_route(scores_TE: torch.Tensor, k: int, excludes: bool = True) -> Route
     """Softmax over the k largest scores (GLIDER; equal to softmax over all, top-k, renormalise).
 
     Args:
-        excludes: whether a score may be -inf. Such an expert never serves the token: its place stays unused.
-            False keeps every place, and with it a plan without a host sync.
+        excludes: whether some token has fewer than k scores that are not -inf. An expert with -inf never
+            serves: the token's place stays unused. False promises every token k others, whatever else is -inf;
+            all places are used then, and the plan needs no host sync.
     """
     top_TK, ids_TK = scores_TE.topk(min(k, scores_TE.shape[1]), dim=-1)
     if not excludes:

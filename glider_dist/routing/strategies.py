@@ -168,7 +168,9 @@ def route_tokens(
         prototypes_Ed: ``[E, d]`` fp32 prototypes of the strategy's kind, or None if it has no local part.
         bias_TE: ``[T, E]`` the global part ``α c``, or without one 0 and -inf (excluded experts); None: neither.
         eligible_E: ``[E]`` bool, experts that adapt this site; None if all do.
-        excludes: whether ``bias_TE`` may hold -inf.
+        excludes: whether some token has fewer experts that are not -inf in ``bias_TE`` than places, so that
+            places stay unused. False promises the opposite, also of a bias with -inf (a shortlist of at least
+            ``top_k``): the plan then needs no host sync.
         watch: shown the scores ``[T, E]``, and returns those that decide (joint training).
         norms: for lag, from the candidates ``[T, C]`` int64 to ``‖s B A x‖`` of each ``[T, C]``.
     """

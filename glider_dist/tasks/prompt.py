@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from glider_dist.tasks.task import Example
 
+def prompt(instruction: str, text: str | None) -> str:
+    """What the model reads before it answers. It ends without a space, since the answer starts with one.
 
-def prompt(instruction: str, example: Example) -> str:
-    """What the model reads before it answers. It ends without a space, since the answer starts with one."""
-    return f"{instruction}\nInput: {example.input}\nOutput:"
+    Args:
+        text: the task's input; None: the instruction is all there is.
+    """
+    return f"{instruction}\nOutput:" if text is None else f"{instruction}\nInput: {text}\nOutput:"
 
 
 def answer(target: str) -> str:

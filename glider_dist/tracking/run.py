@@ -28,6 +28,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from glider_dist.errors import GliderError
+from glider_dist.pool.files import replacing
 from glider_dist.tracking.log_file import open_log_file
 from glider_dist.tracking.state import RunState, hold
 from glider_dist.tracking.versions import versions
@@ -264,12 +265,5 @@ def _open_to_append(path: Path) -> TextIO:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

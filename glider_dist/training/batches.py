@@ -62,10 +62,6 @@ class MicroBatch:
     slots: list[int]
     items: list[Encoded]
 
-    @property
-    def mixed(self) -> bool:
-        return self.hi - self.lo > 1
-
 
 def micro_batches(
     chosen: Mapping[int, Sequence[Encoded]], packing: Packing, apart: Collection[int] = ()

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,21 +134,6 @@ class Checkpoints:
         with _opened(self.path(name, step)) as file:
             keys = file.keys()
             return {key: file.get_tensor(key) for key in keys if wanted(key)}
-
-    def newest(self, names: Sequence[str]) -> tuple[int, dict[str, Part], list[str]]:
-        """The newest step of which the files of all ``names`` are good.
-
-        Returns:
-            The step (0: there is none), its parts, and what is wrong with newer ones, a sentence each.
-        """
-        known = [set(self.steps(name)) for name in names]
-        problems: list[str] = []
-        for step in sorted(set.intersection(*known) if known else (), reverse=True):
-            try:
-                return step, {name: self.read(name, step) for name in names}, problems
-            except Damaged as error:
-                problems.append(str(error))
-        return 0, {}, problems
 
     def remove(self, name: str) -> None:
         """Delete a name's files."""

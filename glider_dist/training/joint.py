@@ -36,7 +36,7 @@ from glider_dist.training import joint_multitask
 from glider_dist.training.batches import packing_for
 from glider_dist.training.deepspeed_moe import ExpertEngine
 from glider_dist.training.experts import train_experts, train_gates
-from glider_dist.training.joint_batches import Row, Union
+from glider_dist.training.joint_batches import Mixture, Row
 from glider_dist.training.joint_config import check_joint, deepspeed_config, of_the_weights, recipes_of
 from glider_dist.training.joint_keep import JointKeeper, forget
 from glider_dist.training.joint_loop import JointLoop, Scope, Step
@@ -50,7 +50,7 @@ from glider_dist.training.joint_pool import (
     write_version,
 )
 from glider_dist.training.joint_routing import RouterExtras
-from glider_dist.training.joint_scores import QueryScores
+from glider_dist.training.joint_scores import ScoresAhead
 from glider_dist.training.joint_state import Tensors, gather_state
 from glider_dist.training.prepare import task_facts
 from glider_dist.training.trainee import Recipe
@@ -137,7 +137,7 @@ def _routed(job: Job, pool: ExpertPool) -> Result | None:
     """Train through the pool's routers; None if no step was better than the pool is."""
     cfg, joint = job.cfg, job.cfg.joint
     check_router(cfg.router, len(pool))
-    scores = QueryScores(global_router(job, pool) if needs_scores(cfg.router) else None, len(pool))
+    scores = ScoresAhead(global_router(job, pool) if needs_scores(cfg.router) else None, len(pool))
     model = job.attach(pool, cfg.router, torch.promote_types(job.base.dtype, torch.float32))
     try:
         context = context_of(model)
@@ -187,8 +187,8 @@ def _train(
     cfg = job.cfg
     recipes = recipes_of(cfg)
     recipe = recipes["experts"]
-    train = Union(job.tasks.held_in, "train", job.collator)
-    validation = Union(job.tasks.held_in, "validation", job.collator, cfg.train.eval_examples).rows()
+    train = Mixture(job.tasks.held_in, "train", job.collator)
+    validation = Mixture(job.tasks.held_in, "validation", job.collator, cfg.train.eval_examples).rows()
     started = time.perf_counter()
     parallel = cfg.mesh.expert_parallel if job.ranks.world > 1 else 1
     ensure_group()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from glider_dist.errors import GliderError
 from glider_dist.model.batch import Collator, Encoded
-from glider_dist.tasks.prompt import answer, prompt
+from glider_dist.model.example import encode_example
 from glider_dist.tasks.task import Example, Task
 from glider_dist.training.batches import Packing, cuts
 from glider_dist.training.order import step_indices
@@ -28,7 +28,7 @@ class Row:
     place: int
 
 
-class Union:
+class Mixture:
     """One part of several tasks as one list of examples, encoded when asked for."""
 
     def __init__(self, tasks: Sequence[Task], part: str, collator: Collator, limit: int | None = None):
@@ -44,14 +44,9 @@ class Union:
         return len(self.examples)
 
     def row(self, index: int, place: int) -> Row:
-        """Raises GliderError, naming the task, for a target too long."""
+        """Raises GliderError, naming the example, for a target too long."""
         task, example = self.examples[index]
-        query = task.instruction(example, self.part)
-        try:
-            encoded = self.collator.encode(prompt(query, example), answer(example.target))
-        except GliderError as error:
-            raise GliderError(f"task {task.name!r}, {self.part}: {error}") from None
-        return Row(query, encoded, place)
+        return Row(*encode_example(self.collator, task, self.part, example), place)
 
     def rows(self) -> list[Row]:
         return [self.row(index, index) for index in range(len(self))]

@@ -14,9 +14,9 @@ import torch
 
 from glider_dist.model.tokens import Tokens
 from glider_dist.parallel.exchange import in_backward
+from glider_dist.seed import seed_of
 from glider_dist.training.joint_batches import Row
 from glider_dist.training.joint_settings import JointConfig
-from glider_dist.training.order import seed_of
 
 
 class RouterExtras:

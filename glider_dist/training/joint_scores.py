@@ -11,7 +11,7 @@ from glider_dist.semantics.global_router import GlobalRouter
 from glider_dist.training.joint_batches import Row
 
 
-class QueryScores:
+class ScoresAhead:
     """Cosines of queries, each text asked for once.
 
     Args:

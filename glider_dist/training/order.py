@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 import torch
 
-
-def seed_of(seed: int, *names: str) -> int:
-    """A seed that follows from the run's seed and names alone."""
-    digest = hashlib.sha256("/".join([str(seed), *names]).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+from glider_dist.seed import seed_of
 
 
 def step_indices(seed: int, name: str, examples: int, batch_size: int, steps: int) -> Iterator[list[int]]:

@@ -12,9 +12,9 @@ from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
 from glider_dist.model.batch import Encoded
-from glider_dist.parallel.replicas import Replicas, check_replicas, divide
+from glider_dist.model.example import encode_example
+from glider_dist.parallel.replicas import Replicas, check_replica_count, divide
 from glider_dist.pool.files import read_json, write_json
-from glider_dist.tasks.prompt import answer, prompt
 from glider_dist.tasks.task import Task
 from glider_dist.training.order import replicas_for, share_out
 from glider_dist.training.trainee import Recipe, Trainee
@@ -49,7 +49,7 @@ def prepare(job: Job, tasks: Sequence[Task], kind: str) -> tuple[list[Trainee], 
             ``train.replicas`` does not divide the ranks.
     """
     world, asked = job.ranks.world, job.cfg.train.replicas
-    check_replicas(asked or 1, world)
+    check_replica_count(asked or 1, world)
     recipes = {task.name: _recipe(job, task, kind == "gate") for task in tasks}
     known: dict[str, Trainee] = {}
     problem = ""
@@ -142,11 +142,4 @@ def _trainee(job: Job, task: Task, recipe: Recipe) -> Trainee:
 
 def _encoded(job: Job, task: Task, part: str, limit: int | None) -> list[Encoded]:
     """Prompts and answers of one part of a task, in the order of the file."""
-    examples = task.examples(part)[:limit]
-    try:
-        return [
-            job.collator.encode(prompt(task.instruction(example, part), example), answer(example.target))
-            for example in examples
-        ]
-    except GliderError as error:
-        raise GliderError(f"task {task.name!r}, {part}: {error}") from None
+    return [encode_example(job.collator, task, part, example)[1] for example in task.examples(part)[:limit]]

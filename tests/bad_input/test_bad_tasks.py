@@ -55,7 +55,7 @@ def test_an_empty_task_is_named_with_its_file(refused: Refused, folder: Path) ->
 @pytest.mark.parametrize(
     ("stage", "part"), [("train-experts", "train"), ("train-gates", "train"), ("evaluate", "test")]
 )
-def test_a_target_longer_than_the_limit_is_named_with_its_task_and_length(
+def test_a_target_longer_than_the_limit_is_named_with_its_task_its_id_and_its_length(
     stage: str, part: str, refused: Refused, folder: Path, request: pytest.FixtureRequest
 ) -> None:
     if stage != "train-experts":
@@ -63,7 +63,7 @@ def test_a_target_longer_than_the_limit_is_named_with_its_task_and_length(
     path = folder / "tasks" / "tasks" / "upper" / f"{part}.jsonl"
     path.write_text(path.read_text() + json.dumps({"id": "long", "input": "sun", "target": "SUN" * 70}) + "\n")
     message = refused(stage, tasks__max_length=200, evaluate__queries=5, evaluate__routers="[base]")
-    says(message, "'upper'", part, "212 tokens", "tasks.max_length is 200")
+    says(message, "'upper'", part, "example 'long'", "212 tokens", "tasks.max_length is 200")
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", "a\\\\b", ".hidden", ""])
