@@ -45,11 +45,15 @@ class Fixed:
         return "fixed"
 
 
-@pytest.mark.parametrize(("umask", "file", "directory"), [(0o022, 0o644, 0o755), (0o002, 0o664, 0o775)])
-def test_others_may_read_and_a_group_may_write_what_the_umask_lets_them(
-    umask: int, file: int, directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("around", "umask", "file", "directory"),
+    [(0o755, 0o022, 0o644, 0o755), (0o755, 0o002, 0o664, 0o775), (0o2770, 0o007, 0o660, 0o2770)],
+)
+def test_others_may_read_and_a_group_may_write_what_the_umask_and_the_folder_around_the_pool_let_them(
+    around: int, umask: int, file: int, directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_UMASK", umask)
+    tmp_path.chmod(around)
     before = os.umask(umask)
     try:
         pool = random_pool(tmp_path / "pool", tiny_causal(), 2)
@@ -60,7 +64,7 @@ def test_others_may_read_and_a_group_may_write_what_the_umask_lets_them(
     finally:
         os.umask(before)
     for path in (tmp_path / "pool").rglob("*"):
-        assert path.stat().st_mode & 0o777 == (directory if path.is_dir() else file), path
+        assert path.stat().st_mode & 0o7777 == (directory if path.is_dir() else file), path
 
 
 def test_two_jobs_that_train_the_same_expert_into_one_pool_are_told_and_the_lock_dies_with_its_process(

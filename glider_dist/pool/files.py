@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -44,8 +45,10 @@ def sync_file(path: Path) -> None:
 def _share(path: Path) -> None:
     """Give it the mode that this user's umask wants: temporary folders, and what safetensors writes, are for the
     owner alone, which would shut out everybody else who works with a pool."""
-    mode = 0o777 if path.is_dir() else 0o666 | (path.stat().st_mode & 0o111)
-    path.chmod(mode & ~_UMASK)
+    now = path.stat().st_mode
+    mode = 0o777 if stat.S_ISDIR(now) else 0o666 | (now & 0o111)
+    # A folder has the set-group-id bit of the one around it, by which what is made in it belongs to a project.
+    path.chmod((mode & ~_UMASK) | (now & 0o7000))
 
 
 @contextlib.contextmanager
