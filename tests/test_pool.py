@@ -152,6 +152,17 @@ def test_a_gate_written_later_adds_its_hash_and_keeps_the_card(tmp_path: Path) -
     assert pool.missing_gates() == []
 
 
+def test_a_gate_that_its_card_does_not_name_is_not_finished(tmp_path: Path) -> None:
+    pool = random_pool(tmp_path / "pool", tiny_causal(), experts=["done", "killed"])
+    killed = pool.expert("killed")
+    files = killed.card()["files"]
+    del files[GATE_FILE]
+    killed.update_card(files=files)
+    assert pool.expert("done").has_gate
+    assert not killed.has_gate
+    assert pool.missing_gates() == ["killed"]
+
+
 def test_adding_copies_the_adapter_byte_for_byte(tmp_path: Path) -> None:
     pool = empty_pool(tmp_path)
     adapter = small_adapter(tmp_path / "adapter")

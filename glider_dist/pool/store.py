@@ -55,7 +55,11 @@ class Expert:
 
     @property
     def has_gate(self) -> bool:
-        return (self.folder / GATE_FILE).exists()
+        """Whether it has a finished gate: the file is there, and the card, which is written after it, names it.
+
+        Reads the card where the file is there; raises as :meth:`card`.
+        """
+        return (self.folder / GATE_FILE).exists() and GATE_FILE in (self.card().get("files") or {})
 
     def _inside(self, *files: str) -> Path:
         """The path of the last of its files; raises GliderError if any is a link that leaves the pool."""
