@@ -55,11 +55,12 @@ class Expert:
 
     @property
     def has_gate(self) -> bool:
-        """Whether it has a finished gate: the file is there, and the card, which is written after it, names it.
+        """Whether it has a finished gate; reads the card and raises as :meth:`card`."""
+        return self.has_gate_by(self.card())
 
-        Reads the card where the file is there; raises as :meth:`card`.
-        """
-        return (self.folder / GATE_FILE).exists() and GATE_FILE in (self.card().get("files") or {})
+    def has_gate_by(self, card: dict[str, Any]) -> bool:
+        """As :attr:`has_gate`, for who has the ``card``: it is written after the gate, which it must name."""
+        return GATE_FILE in (card.get("files") or {}) and (self.folder / GATE_FILE).exists()
 
     def _inside(self, *files: str) -> Path:
         """The path of the last of its files; raises GliderError if any is a link that leaves the pool."""
