@@ -61,7 +61,10 @@ def show_expert(expert: Expert) -> str:
         for (name, d_out, d_in, rank, scale), count in sorted(kinds.items())
     ]
     lines = [f"name: {expert.name}", f"folder: {expert.folder}"]
-    lines += [f"gate: {'yes' if expert.has_gate_by(card) else 'no'}", f"base: {config.get('base_model_name_or_path')}"]
+    lines += [
+        f"gate: {'yes' if expert.has_gate_by(card) else 'no'}",
+        f"base: {config.get('base_model_name_or_path')}",
+    ]
     for key, value in card.items():
         if key not in ("name", "files"):
             lines += _lines(key, value)

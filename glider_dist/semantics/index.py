@@ -168,7 +168,10 @@ def check_model(index: Index, embedder: TextEmbedder, texts: Sequence[str], vect
     found = embedder.fingerprint()
     if found is not None and index.fingerprint:
         if found != index.fingerprint:
-            raise GliderError(f"the embedder's weights are not those that made the index; {advice}")
+            raise GliderError(
+                "the embedder's weights or settings are not those that made the index, or another version of "
+                f"glider_dist made it; {advice}"
+            )
         return
     again = embedder.embed(texts[:_PROBES])
     if again.shape[1] != vectors_ND.shape[1]:
