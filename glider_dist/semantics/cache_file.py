@@ -81,8 +81,8 @@ class CacheFile:
         return connection
 
     def _failed(self, error: Exception, tries: int = 3) -> None:
-        """Leave a locked file alone for a while, start anew if it is damaged or another is in its place, and else go
-        on without one."""
+        """Leave a locked file alone for a while, start anew if it is damaged or another is in its place, and else
+        go on without one."""
         if isinstance(error, sqlite3.OperationalError) and "lock" in str(error):
             log.warning("%s is in use by others (%s); it is left alone for %g s", self.path, error, self._pause)
             self._next = time.monotonic() + self._pause
