@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,28 @@ def test_creating_a_pool_twice_opens_the_one_that_is_there(tmp_path: Path) -> No
     before = snapshot(pool.path)
     assert ExpertPool.create(pool.path, "elsewhere", fingerprint(tiny_causal())).names == pool.names
     assert snapshot(pool.path) == before
+
+
+@pytest.mark.parametrize("typed", ["models/tiny", "~/models/tiny", "models/tiny/config.json"])
+def test_a_base_that_is_a_folder_or_file_is_found_from_every_folder(
+    typed: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base, tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pool = ExpertPool.create("pool", typed)
+    assert pool.base == str(tmp_path / typed.removeprefix("~/"))
+    assert ExpertPool.open("pool").base == pool.base
+    assert (pool.fingerprint.model_type is not None) == typed.endswith("tiny")
+
+
+@pytest.mark.parametrize("name", ["somebody/model", "smollm2-135m"])
+def test_a_base_by_its_name_is_noted_by_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()  # which the offline default goes before
+    pool = ExpertPool.create("pool", name)
+    assert pool.base == name
+    assert pool.base_origin.startswith(f"pool/pool.json names '{name}' as the pool's base")
 
 
 def test_a_pool_of_a_newer_format_is_refused(tmp_path: Path) -> None:

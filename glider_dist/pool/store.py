@@ -131,10 +131,14 @@ class ExpertPool:
     def create(path: str | os.PathLike[str], base: str, fingerprint: Fingerprint | None = None) -> ExpertPool:
         """Make an empty pool for ``base``, or open the one that is there if it is for the same base.
 
+        Args:
+            base: a hub id, or a folder or file, which is noted by its absolute path.
+            fingerprint: of the base; None takes what a folder's ``config.json`` says.
+
         Raises:
             GliderError: if the folder holds a pool for another base, or cannot be made.
         """
-        root = Path(path)
+        root, base = Path(path), _from_everywhere(base)
         if fingerprint is None:
             config = Path(base) / "config.json"
             fingerprint = Fingerprint(read_json(config).get("model_type")) if config.exists() else Fingerprint()
@@ -175,6 +179,11 @@ class ExpertPool:
                 f"pool {self.path} was made for another base ({self.base}): {difference}; "
                 f"leave base= out, or give base={self.base}"
             )
+
+    @property
+    def base_origin(self) -> str:
+        """Where the base's name is from, for the message that there is no such base."""
+        return f"{self.path / 'pool.json'} names {self.base!r} as the pool's base; give base=FOLDER if it is elsewhere"
 
     @property
     def router_dir(self) -> Path:
@@ -279,3 +288,11 @@ class ExpertPool:
         """
         remove_folder(self.expert(name).folder)
         self.__dict__.pop("names", None)
+
+
+def _from_everywhere(base: str) -> str:
+    """The absolute path of a folder or file; what is neither here, as it is."""
+    from glider_dist.model.base import OFFLINE_DEFAULT
+
+    path = Path(base).expanduser()
+    return str(path.resolve()) if base != OFFLINE_DEFAULT and path.exists() else base
