@@ -1,4 +1,5 @@
-"""Writing files so that a killed process leaves the old file or the new one, never half of one."""
+"""Writing files so that a killed process leaves the old file or the new one, never half of one; and reading what
+people have written, so that a mistake in it is one sentence."""
 
 from __future__ import annotations
 
@@ -79,6 +80,26 @@ def write_json(path: Path, value: Any) -> None:
         )
 
 
+def read_text(path: Path, advice: str = "") -> str:
+    """Read a UTF-8 file, with or without a byte order mark, whatever the locale.
+
+    Args:
+        advice: what to do if it cannot be read, for the message.
+
+    Raises:
+        GliderError: if it is missing, unreadable or not UTF-8.
+    """
+    then = f"; {advice}" if advice else ""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise GliderError(f"{path} does not exist{then}") from None
+    except OSError as error:
+        raise GliderError(f"{path} cannot be read ({error.strerror}){then}") from None
+    except UnicodeDecodeError as error:
+        raise GliderError(f"{path} is not UTF-8 text (byte {error.start}){then}") from None
+
+
 def read_json(path: Path, advice: str = "") -> dict[str, Any]:
     """Read the object in a JSON file.
 
@@ -86,17 +107,11 @@ def read_json(path: Path, advice: str = "") -> dict[str, Any]:
         advice: what to do if it cannot be read, for the message.
 
     Raises:
-        GliderError: if it is missing, malformed or no object, naming the file and the line.
+        GliderError: as :func:`read_text`, or if it is malformed or no object, naming the file and the line.
     """
     then = f"; {advice}" if advice else ""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GliderError(f"{path} does not exist{then}") from None
-    except OSError as error:
-        raise GliderError(f"{path} cannot be read ({error.strerror}){then}") from None
-    except UnicodeDecodeError as error:
-        raise GliderError(f"{path} is not UTF-8 text (byte {error.start}){then}") from None
+        value = json.loads(read_text(path, advice))
     except json.JSONDecodeError as error:
         raise GliderError(f"{path} line {error.lineno} is not valid JSON: {error.msg}{then}") from None
     if not isinstance(value, dict):

@@ -183,7 +183,7 @@ class ExpertPool:
     @property
     def base_origin(self) -> str:
         """Where the base's name is from, for the message that there is no such base."""
-        return f"{self.path / 'pool.json'} names {self.base!r} as the pool's base; give base=FOLDER if it is elsewhere"
+        return f"{self.path / 'pool.json'} names {self.base!r} as the pool's base; if that moved, give base=FOLDER"
 
     @property
     def router_dir(self) -> Path:
