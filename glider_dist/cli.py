@@ -154,7 +154,7 @@ def _main(argv: list[str]) -> int:
     target = (COMMANDS["plan"] if plans else command).target
     if command.own_usage or (command.launches and not plans):
         return int(_load(target)(arguments))
-    cfg = read_config(arguments.file, arguments.overrides, command.defaults)
+    cfg = read_config(arguments.file, arguments.overrides)
     if plans:
         return int(_load(target)(cfg, arguments.command, arguments.ranks))
     if command.serves:
@@ -249,7 +249,7 @@ def _help(name: str) -> str:
         return str(importlib.import_module(COMMANDS[name].target.partition(":")[0]).USAGE)
     flags = "flags: --ranks N, --fresh\n" if COMMANDS[name].launches else ""
     lines = []
-    defaults = COMMANDS[name].defaults
+    defaults: dict[str, Any] = {}
     if COMMANDS[name].launches:
         from glider_dist.quickstart import DEFAULTS as defaults
     for setting in settings():

@@ -16,9 +16,10 @@ from small_jobs import Outcome, command, cores, finish, kill, settings, snapshot
 
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool, files
-from glider_dist.pool.lock import hold_all, holding
+from glider_dist.pool.lock import hold_all
 from glider_dist.pool.verify import verify
-from glider_dist.semantics.index import build_index, save_index
+from glider_dist.semantics.index import save_index
+from glider_dist.semantics.indexing import build_index
 from glider_dist.testing import random_pool, tiny_causal
 
 
@@ -72,8 +73,8 @@ def test_two_jobs_that_train_the_same_expert_into_one_pool_are_told_and_the_lock
 ) -> None:
     assert run("train-experts", folder, base, tasks__held_in="[copy]", tasks__held_out="[first]").code == 0
     holder = (
-        "import sys, time; from pathlib import Path; from glider_dist.pool.lock import holding\n"
-        "with holding(Path(sys.argv[1]), 'upper'):\n    print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from glider_dist.pool.lock import hold_all\n"
+        "with hold_all(Path(sys.argv[1]), ['upper']):\n    print('held', flush=True); time.sleep(600)"
     )
     process = start([sys.executable, "-c", holder, str(folder / "pool")], folder)
     try:
@@ -97,10 +98,10 @@ def test_two_jobs_that_train_the_same_expert_into_one_pool_are_told_and_the_lock
 
 def test_of_many_processes_one_holds_a_lock_and_all_or_none_of_several(tmp_path):
     (tmp_path / "experts").mkdir()
-    with holding(tmp_path, "b"):
+    with hold_all(tmp_path, ["b"]):
         with pytest.raises(GliderError, match="'b'"):
             hold_all(tmp_path, ["a", "b"])
-        with holding(tmp_path, "a"):
+        with hold_all(tmp_path, ["a"]):
             pass
     with contextlib.closing(hold_all(tmp_path, ["a", "b"])), pytest.raises(GliderError):
         hold_all(tmp_path, ["a"])
