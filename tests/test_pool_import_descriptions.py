@@ -40,8 +40,7 @@ CARDS = {
 @pytest.mark.parametrize("text", CARDS)
 def test_a_description_is_read_from_the_adapters_own_card(text: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text)
-    found = card_description(tmp_path)
-    assert (found[0] if found else None) == CARDS[text]
+    assert card_description(tmp_path) == (CARDS[text] or [])
 
 
 def test_experts_are_described_by_file_then_card_then_name(tmp_path: Path, base: Path) -> None:
