@@ -167,7 +167,7 @@ def _main(argv: list[str]) -> int:
     target = (COMMANDS["plan"] if plans else command).target
     if command.own_usage or (command.launches and not plans):
         return int(_load(target)(arguments))
-    cfg = read_config(arguments.file, arguments.overrides, command.defaults)
+    cfg = read_config(arguments.file, arguments.overrides)
     if plans:
         return int(_load(target)(cfg, arguments.command, arguments.ranks))
     if command.serves:
@@ -259,7 +259,7 @@ def _help(name: str) -> str:
     if COMMANDS[name].own_usage:
         return str(importlib.import_module(COMMANDS[name].target.partition(":")[0]).USAGE)
     lines = []
-    defaults = COMMANDS[name].defaults
+    defaults: dict[str, Any] = {}
     if COMMANDS[name].launches:
         from glider_dist.quickstart import DEFAULTS as defaults
     for setting in settings():

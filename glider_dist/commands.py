@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the function that runs it (``module:function``), what it does, and its own defaults."""
+    """A command: the function that runs it (``module:function``), and what it does."""
 
     target: str
     doc: str
-    defaults: dict[str, Any] = field(default_factory=dict)
     takes_text: bool = False
     launches: bool = False
     keeps_record: bool = True  # writes a run directory
@@ -33,7 +31,9 @@ COMMANDS = {
     "train-experts": Command(f"{_TRAINING}:train_experts", "train a LoRA expert for each held-in task"),
     "train-gates": Command(f"{_TRAINING}:train_gates", "train the local router's gate of each expert"),
     "describe": Command("glider_dist.semantics.describe:run", "write each expert's description into its card"),
-    "index": Command("glider_dist.semantics.index:run", "embed the descriptions into the global router's index"),
+    "index": Command(
+        "glider_dist.semantics.indexing:run", "embed the descriptions into the global router's index"
+    ),
     "calibrate": Command(
         f"{_EVALUATION}.calibrate:run", "choose alpha_in, alpha_out and threshold on validation queries"
     ),
@@ -43,7 +43,7 @@ COMMANDS = {
     "evaluate": Command(f"{_EVALUATION}.evaluate:run", "score the routers on test queries and print the table"),
     "bench": Command(
         "glider_dist.bench.command:run",
-        "measure: a routed layer, an exchange between ranks, an evaluation",
+        "measure a layer, exchanges, training, checkpoints, the embedder or an evaluation: bench --help",
         own_usage=True,
     ),
     "average-activations": Command(

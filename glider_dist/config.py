@@ -150,7 +150,10 @@ class EvaluateConfig:
         ["base", "merged", "phatgoose", "glider", "oracle"], "rows of the table, in order"
     )
     queries: int = _positive(100, "test queries per task at most")
-    batch_size: int = _positive(64, "queries per generation batch; different tasks share a batch")
+    batch_size: int = _positive(
+        64,
+        "queries per batch, of any tasks: of answers and choices here, of calibrate and of average-activations",
+    )
     max_new_tokens: int = _positive(16, "answer length at most, in tokens")
     rank_classification: bool = _setting(False, "also score tasks with choices by the likelihood of each choice")
     save_minutes: float = _positive(1.0, "keep the answers of an unfinished row so often, for a restart")

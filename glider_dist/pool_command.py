@@ -160,8 +160,8 @@ def _shapes_of(base: str) -> Fingerprint:
 
 
 def _card_of(source: Source) -> dict[str, Any]:
-    found = card_description(source.readme_folder) if source.readme_folder else None
-    return {"readme": found[0]} if found else {}
+    found = card_description(source.readme_folder) if source.readme_folder else []
+    return {"readme": found} if found else {}
 
 
 def _ls(words: list[str], options: dict[str, str]) -> int:

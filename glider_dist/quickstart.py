@@ -34,7 +34,7 @@ from glider_dist.job import Job
 from glider_dist.parallel.ranks import ALONE
 from glider_dist.parallel.stopping import SIGNALS, STOP_FILE
 from glider_dist.pool.files import read_json, write_json
-from glider_dist.semantics import describe, index
+from glider_dist.semantics import describe, indexing
 from glider_dist.settings import read_config
 from glider_dist.tasks.procedural import QUICKSTART_HELD_IN, QUICKSTART_HELD_OUT
 from glider_dist.tracking.state import check_free
@@ -92,7 +92,7 @@ def stages(job: Job, text: str = "") -> None:
         ("train-experts", train_experts),
         ("train-gates", train_gates),
         ("describe", describe.run),
-        ("index", index.run),
+        ("index", indexing.run),
         ("calibrate", calibrate.run),
         ("evaluate", evaluate.run),
     ):

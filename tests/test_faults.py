@@ -31,7 +31,7 @@ from glider_dist.errors import GliderError
 from glider_dist.evaluation import evaluate
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import clear_up
-from glider_dist.pool.lock import holding
+from glider_dist.pool.lock import hold_all
 from glider_dist.pool.verify import verify
 from glider_dist.testing import LocalRanks, random_pool, tiny_causal
 
@@ -144,7 +144,7 @@ def test_what_a_killed_writer_left_of_an_expert_is_cleared_up_and_the_old_one_co
     (experts / ".a.12345678.tmp").mkdir()
     (experts / ".a.b.12345678.tmp").mkdir()
     (experts / "a").rename(experts / ".a.77.old")
-    with holding(pool.path, "a"):
+    with hold_all(pool.path, ["a"]):
         assert {path.name for path in experts.iterdir()} == {"a", "a.b", ".a.lock", ".a.b.12345678.tmp"}
     clear_up(experts, ["a.b"])
     assert verify(ExpertPool.open(pool.path)) == []

@@ -198,9 +198,9 @@ def test_wrong_settings_are_refused_before_anything_is_written(job: Job, tmp_pat
 
 
 def test_a_pool_that_another_job_writes_is_not_touched(job: Job):
-    from glider_dist.pool.lock import holding, holding_pool
+    from glider_dist.pool.lock import hold_all, holding_pool
 
-    with holding(job.path, "last"):
+    with hold_all(job.path, ["last"]):
         assert "expert 'last'" in (said := job.refused())
         assert "is being written by another job" in said
     # Also where other experts train: a new version of any would change what all are trained through.

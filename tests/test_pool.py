@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,17 @@ def test_a_gate_written_later_adds_its_hash_and_keeps_the_card(tmp_path: Path) -
     assert pool.missing_gates() == []
 
 
+def test_a_gate_that_its_card_does_not_name_is_not_finished(tmp_path: Path) -> None:
+    pool = random_pool(tmp_path / "pool", tiny_causal(), experts=["done", "killed"])
+    killed = pool.expert("killed")
+    files = killed.card()["files"]
+    del files[GATE_FILE]
+    killed.update_card(files=files)
+    assert pool.expert("done").has_gate
+    assert not killed.has_gate
+    assert pool.missing_gates() == ["killed"]
+
+
 def test_adding_copies_the_adapter_byte_for_byte(tmp_path: Path) -> None:
     pool = empty_pool(tmp_path)
     adapter = small_adapter(tmp_path / "adapter")
@@ -171,6 +183,28 @@ def test_creating_a_pool_twice_opens_the_one_that_is_there(tmp_path: Path) -> No
     before = snapshot(pool.path)
     assert ExpertPool.create(pool.path, "elsewhere", fingerprint(tiny_causal())).names == pool.names
     assert snapshot(pool.path) == before
+
+
+@pytest.mark.parametrize("typed", ["models/tiny", "~/models/tiny", "models/tiny/config.json"])
+def test_a_base_that_is_a_folder_or_file_is_found_from_every_folder(
+    typed: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base, tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pool = ExpertPool.create("pool", typed)
+    assert pool.base == str(tmp_path / typed.removeprefix("~/"))
+    assert ExpertPool.open("pool").base == pool.base
+    assert (pool.fingerprint.model_type is not None) == typed.endswith("tiny")
+
+
+@pytest.mark.parametrize("name", ["somebody/model", "smollm2-135m"])
+def test_a_base_by_its_name_is_noted_by_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()  # which the offline default goes before
+    pool = ExpertPool.create("pool", name)
+    assert pool.base == name
+    assert pool.base_origin.startswith(f"pool/pool.json names '{name}' as the pool's base")
 
 
 def test_a_pool_of_a_newer_format_is_refused(tmp_path: Path) -> None:

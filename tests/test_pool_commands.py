@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from small_jobs import command, describe_and_index, snapshot
+from transformers import PreTrainedModel
 
 import glider_dist as gd
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.adapter import CARD_FILE, CONFIG_FILE, GATE_FILE, WEIGHTS_FILE
-from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
+from glider_dist.pool.adapter_config import read_config
+from glider_dist.testing import random_pool, save_tiny_base, tiny_causal, tiny_encoder_decoder, tiny_seq2seq
 
 
 @pytest.fixture
@@ -162,6 +166,19 @@ def test_the_merged_adapter_and_the_merged_model_equal_the_merged_router(pool: E
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     assert difference(logits(model), wanted) < 1e-5
     assert command(*words, str(tmp_path / "model"), "format=model").code == 2
+
+
+@pytest.mark.parametrize("make", [tiny_causal, tiny_seq2seq, tiny_encoder_decoder])
+def test_peft_adapts_exactly_the_merged_adapters_layers_and_no_head_or_pooler(
+    make: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    pool = random_pool(tmp_path / "pool", make(), 2)
+    assert command("pool", "export", str(pool.path), str(tmp_path / "out"), "format=merged").code == 0
+    adapted = PeftModel.from_pretrained(make(), tmp_path / "out").base_model.model
+    found = {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    assert found == pool.fingerprint.sites.keys()
+    short = all("." not in target for target in read_config(tmp_path / "out")["target_modules"])
+    assert short == (make is not tiny_encoder_decoder)
 
 
 def test_the_script_for_vllm_names_every_expert(pool: ExpertPool, tmp_path: Path) -> None:

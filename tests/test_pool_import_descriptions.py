@@ -9,9 +9,11 @@ import pytest
 from small_jobs import command
 from test_pool_import import save_adapter
 
+from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.adapter import CARD_FILE
 from glider_dist.semantics.adapter_card import card_description
+from glider_dist.semantics.describe import read_descriptions
 from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
 
 
@@ -38,8 +40,7 @@ CARDS = {
 @pytest.mark.parametrize("text", CARDS)
 def test_a_description_is_read_from_the_adapters_own_card(text: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text)
-    found = card_description(tmp_path)
-    assert (found[0] if found else None) == CARDS[text]
+    assert card_description(tmp_path) == (CARDS[text] or [])
 
 
 def test_experts_are_described_by_file_then_card_then_name(tmp_path: Path, base: Path) -> None:
@@ -64,6 +65,15 @@ def test_experts_are_described_by_file_then_card_then_name(tmp_path: Path, base:
     words[0] = f"pool={pool_two.path}"
     outcome = command("describe", *words, f"describe_file={tmp_path / 'texts.txt'}")
     assert "texts.txt line 1" in outcome.errors[0]
+
+
+def test_a_file_of_descriptions_is_utf8_with_or_without_a_mark_and_another_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    path.write_bytes("\ufeffmenus: Übersetzt Menüs.\n".encode())
+    assert read_descriptions(path) == {"menus": ["Übersetzt Menüs."]}
+    path.write_bytes("menus: Übersetzt.\n".encode("latin-1"))
+    with pytest.raises(GliderError, match=r"texts.txt is not UTF-8 text \(byte 7\); convert it$"):
+        read_descriptions(path)
 
 
 def test_a_card_that_came_with_an_exported_expert_is_kept(tmp_path: Path, base: Path) -> None:

@@ -21,7 +21,9 @@ import torch
 from service_process import MODEL, Service, serving, start_service
 from small_jobs import command, free_port
 
+from glider_dist.semantics.client import RemoteEmbedder
 from glider_dist.semantics.embedder import Embedder
+from glider_dist.semantics.settings import ServiceConfig
 
 TEXTS = ["Translate to French", "", "Is the review positive or negative?", "naïve café ☕ 模型", "word " * 3000]
 
@@ -156,7 +158,7 @@ def test_a_bad_body_is_refused_in_openai_form(service: Service, body: bytes, sta
 
 
 def test_too_many_texts_and_too_large_a_body_are_refused(service: Service):
-    assert post(service, input=["x"] * 65).status_code == 400
+    assert post(service, input=["x"] * 65).status_code == 413
     assert post(service, input=["x"] * 64).status_code == 200
     assert post(service, input="x" * 600_000).status_code == 413
 
@@ -173,6 +175,12 @@ def test_too_many_texts_and_too_large_a_body_are_refused(service: Service):
             status = 413
         assert status == 413
         assert http.get("/healthz").json() == {"status": "ok"}
+
+
+def test_our_client_asks_for_fewer_texts_where_the_service_takes_fewer(service: Service, local: Embedder):
+    texts = [f"text {i}" for i in range(100)]
+    asking = RemoteEmbedder(MODEL, service.url, ServiceConfig(request_texts=100), service.token)
+    torch.testing.assert_close(asking.embed(texts), local.embed(texts), rtol=0, atol=1e-5)
 
 
 def test_a_full_queue_is_answered_with_429_and_when_to_come_back(tmp_path: Path):

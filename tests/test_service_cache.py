@@ -158,6 +158,35 @@ def test_a_page_that_is_half_written_never_answers_with_another_keys_entry(tmp_p
     assert found > 0
 
 
+@pytest.mark.parametrize("first_use", ["read", "write"])
+def test_who_finds_a_damaged_file_replaced_by_another_goes_on_with_that_ones_new_file(
+    tmp_path: Path, first_use: str
+):
+    path = tmp_path / "cache.sqlite"
+    one, other = CacheFile(path, 100), CacheFile(path, 100)
+    for key in KEYS[:20]:
+        assert keeps(one, key)
+    assert other.get(KEYS[:1])
+    with open(path, "r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    one.put({KEYS[29]: ENTRIES[KEYS[29]]})  # by which it notices
+    assert keeps(one, KEYS[30])
+    if first_use == "read":
+        other.get(KEYS[:20])
+    else:
+        other.put({KEYS[31]: ENTRIES[KEYS[31]]})
+    assert keeps(other, KEYS[32])
+    assert set(one.get(KEYS)) == set(other.get(KEYS)) >= {KEYS[30], KEYS[32]}
+
+
+def test_a_file_that_somebody_deletes_is_made_again(tmp_path: Path):
+    path = tmp_path / "cache.sqlite"
+    file = CacheFile(path, 100)
+    assert keeps(file, KEYS[0])
+    path.unlink()
+    assert within(5, lambda: keeps(file, KEYS[1]) and path.exists())
+
+
 def test_processes_that_write_at_once_find_their_own_entries_alone(tmp_path: Path):
     path = tmp_path / "cache.sqlite"
     writers = [subprocess.Popen([sys.executable, "-c", _WRITER, str(path), str(i)]) for i in range(3)]

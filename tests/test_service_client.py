@@ -19,7 +19,8 @@ from glider_dist.pool import ExpertPool
 from glider_dist.semantics.client import RemoteEmbedder
 from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.global_router import GlobalRouter
-from glider_dist.semantics.index import FILE, IndexSettings, build_index, known_vectors, read_index, save_index
+from glider_dist.semantics.index import FILE, IndexSettings, read_index, save_index
+from glider_dist.semantics.indexing import build_index, known_vectors
 from glider_dist.semantics.settings import ServiceConfig
 from glider_dist.testing import random_pool, tiny_causal
 

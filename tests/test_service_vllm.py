@@ -16,7 +16,8 @@ from glider_dist.errors import GliderError
 from glider_dist.semantics.client import RemoteEmbedder
 from glider_dist.semantics.embedder import PACKAGED, Embedder
 from glider_dist.semantics.global_router import GlobalRouter
-from glider_dist.semantics.index import FILE, build_index, save_index
+from glider_dist.semantics.index import FILE, save_index
+from glider_dist.semantics.indexing import build_index
 from glider_dist.semantics.settings import ServiceConfig
 from glider_dist.testing import random_pool, tiny_causal
 

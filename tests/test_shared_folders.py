@@ -16,9 +16,10 @@ from small_jobs import Outcome, command, cores, finish, kill, settings, snapshot
 
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool, files
-from glider_dist.pool.lock import hold_all, holding
+from glider_dist.pool.lock import hold_all
 from glider_dist.pool.verify import verify
-from glider_dist.semantics.index import build_index, save_index
+from glider_dist.semantics.index import save_index
+from glider_dist.semantics.indexing import build_index
 from glider_dist.testing import random_pool, tiny_causal
 
 
@@ -45,11 +46,15 @@ class Fixed:
         return "fixed"
 
 
-@pytest.mark.parametrize(("umask", "file", "directory"), [(0o022, 0o644, 0o755), (0o002, 0o664, 0o775)])
-def test_others_may_read_and_a_group_may_write_what_the_umask_lets_them(
-    umask: int, file: int, directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("around", "umask", "file", "directory"),
+    [(0o755, 0o022, 0o644, 0o755), (0o755, 0o002, 0o664, 0o775), (0o2770, 0o007, 0o660, 0o2770)],
+)
+def test_others_may_read_and_a_group_may_write_what_the_umask_and_the_folder_around_the_pool_let_them(
+    around: int, umask: int, file: int, directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_UMASK", umask)
+    tmp_path.chmod(around)
     before = os.umask(umask)
     try:
         pool = random_pool(tmp_path / "pool", tiny_causal(), 2)
@@ -60,7 +65,7 @@ def test_others_may_read_and_a_group_may_write_what_the_umask_lets_them(
     finally:
         os.umask(before)
     for path in (tmp_path / "pool").rglob("*"):
-        assert path.stat().st_mode & 0o777 == (directory if path.is_dir() else file), path
+        assert path.stat().st_mode & 0o7777 == (directory if path.is_dir() else file), path
 
 
 def test_two_jobs_that_train_the_same_expert_into_one_pool_are_told_and_the_lock_dies_with_its_process(
@@ -68,8 +73,8 @@ def test_two_jobs_that_train_the_same_expert_into_one_pool_are_told_and_the_lock
 ) -> None:
     assert run("train-experts", folder, base, tasks__held_in="[copy]", tasks__held_out="[first]").code == 0
     holder = (
-        "import sys, time; from pathlib import Path; from glider_dist.pool.lock import holding\n"
-        "with holding(Path(sys.argv[1]), 'upper'):\n    print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from glider_dist.pool.lock import hold_all\n"
+        "with hold_all(Path(sys.argv[1]), ['upper']):\n    print('held', flush=True); time.sleep(600)"
     )
     process = start([sys.executable, "-c", holder, str(folder / "pool")], folder)
     try:
@@ -93,10 +98,10 @@ def test_two_jobs_that_train_the_same_expert_into_one_pool_are_told_and_the_lock
 
 def test_of_many_processes_one_holds_a_lock_and_all_or_none_of_several(tmp_path):
     (tmp_path / "experts").mkdir()
-    with holding(tmp_path, "b"):
+    with hold_all(tmp_path, ["b"]):
         with pytest.raises(GliderError, match="'b'"):
             hold_all(tmp_path, ["a", "b"])
-        with holding(tmp_path, "a"):
+        with hold_all(tmp_path, ["a"]):
             pass
     with contextlib.closing(hold_all(tmp_path, ["a", "b"])), pytest.raises(GliderError):
         hold_all(tmp_path, ["a"])

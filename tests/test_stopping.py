@@ -207,7 +207,7 @@ def test_an_index_that_may_embed_two_experts_a_start_embeds_each_of_them_once(fo
     pool = random_pool(folder / "pool", tiny_causal(), experts=[f"expert_{place}" for place in range(7)])
     for expert in pool.experts():
         expert.update_card(descriptions=[f"Does what {expert.name} does."])
-    monkeypatch.setattr("glider_dist.semantics.index._AT_ONCE", 2)
+    monkeypatch.setattr("glider_dist.semantics.indexing._AT_ONCE", 2)
     embedded: list[str] = []
     compute = Embedder.compute
 

@@ -203,7 +203,7 @@ def test_a_malformed_mapping_is_reported_before_any_data_is_fetched(tmp_path, re
 
 
 def test_a_missing_mapping_is_reported(tmp_path):
-    with pytest.raises(GliderError, match=r"nowhere.json cannot be read"):
+    with pytest.raises(GliderError, match=r"nowhere.json does not exist"):
         load_tasks(TasksConfig(source="datasets", path=str(tmp_path / "nowhere.json")), seed=0)
 
 

@@ -189,8 +189,8 @@ def test_a_missing_folder_and_a_folder_without_an_index_are_reported(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "line 1: this is not JSON"),
-        ("[]", "must be an object with a list of tasks"),
+        ("{", "line 1 is not valid JSON"),
+        ("[]", "must hold a JSON object"),
         ('{"tasks": []}', "must be an object with a list of tasks"),
         ('{"tasks": [{"definition": "x"}]}', "task number 1 must be an object with a name"),
         ('{"tasks": [{"name": "toy", "split": "held_in"}]}', "'toy' has no definition"),

@@ -28,7 +28,7 @@ from glider_dist.pool.adapter import WEIGHTS_FILE
 from glider_dist.pool.adapter_config import CONFIG_FILE
 from glider_dist.pool.files import replacing, write_tensors
 from glider_dist.routing.strategies import STRATEGIES, strategy_of
-from glider_dist.semantics import describe, index
+from glider_dist.semantics import describe, index, indexing
 from glider_dist.semantics.global_router import global_router
 from glider_dist.tasks.task import stable_hash
 
@@ -48,7 +48,7 @@ def run(job: Job) -> None:
     source, folder = job.open_pool(), job.run_dir / "pools"
     job.ranks.on_main(lambda: copy_pool(source, folder / "trained", lambda name, tensors: tensors))
     job.cfg = dataclasses.replace(cfg, pool=str(folder / "trained"))
-    for stage in (describe.run, index.run, calibrate.run):
+    for stage in (describe.run, indexing.run, calibrate.run):
         stage(job)
     results = evaluate.run(job)
     trained = job.open_pool()

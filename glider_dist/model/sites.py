@@ -10,6 +10,7 @@ from torch import nn
 
 from glider_dist.errors import GliderError
 from glider_dist.pool import Fingerprint
+from glider_dist.pool.adapter import target_modules
 
 # Names, at the top of a model or of its encoder or decoder, of what a task puts on top of a language model.
 _HEADS = frozenset(("lm_head", "cls", "classifier", "score", "qa_outputs", "classification_head", "embed_out"))
@@ -72,14 +73,8 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def peft_targets(chosen: dict[str, Site], model: nn.Module) -> list[str]:
-    """The shortest ``target_modules`` with which PEFT finds exactly these layers: last names, else full ones."""
-    last = sorted({name.rsplit(".", 1)[-1] for name in chosen})
-    matched = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(_ends_with(name, target) for target in last)
-    }
-    return last if matched == set(chosen) else sorted(chosen)
+    """:func:`~glider_dist.pool.adapter.target_modules` with which PEFT finds exactly these layers of ``model``."""
+    return target_modules(chosen, (name for name, _ in model.named_modules()), whole=True)
 
 
 def fingerprint(model: nn.Module, weights: str | None = None) -> Fingerprint:

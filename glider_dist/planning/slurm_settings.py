@@ -12,7 +12,7 @@ class SlurmConfig:
     """The jobs that ``glider-dist slurm`` submits. What belongs to the cluster (partition, account, GPUs per node,
     modules, container, network interface, scratch) is in its site file."""
 
-    nodes: int = positive(1, "nodes per job; describe and index take one")
+    nodes: int = positive(1, "nodes per job; fetch, describe and index take one")
     ranks: int | None = positive(None, "ranks per node; None: RANKS_PER_NODE of the site file")
     shards: int = positive(1, "jobs over which train-experts and train-gates share the held-in tasks")
     time: str | None = setting(None, "time limit of a job as Slurm writes it; None: TIME of the site file")

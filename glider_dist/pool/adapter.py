@@ -33,6 +33,12 @@ _UNROUTABLE_TENSORS = {
     "lm_head.weight": "it holds a trained output head, which experts of one pool cannot share",
     ".bias": "trained biases cannot be routed",
 }
+# What models carry on top of the layers that experts may adapt.
+_ON_TOP = (
+    "lm_head", "lm_head.dense", "lm_head.decoder", "embed_out", "cls.predictions.transform.dense",
+    "cls.predictions.decoder", "pooler.dense", "score", "classifier", "classifier.dense", "classifier.out_proj",
+    "classification_head.dense", "classification_head.out_proj", "qa_outputs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,14 +181,18 @@ def read_gate(path: Path) -> dict[str, torch.Tensor]:
         raise GliderError(f"{path} cannot be read ({error}); train the gate again") from None
 
 
-def target_modules(sites: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The shortest ``target_modules`` with which PEFT finds exactly ``sites`` among the base's ``known`` layers.
+def target_modules(sites: Iterable[str], known: Iterable[str], whole: bool = False) -> list[str]:
+    """The shortest ``target_modules`` with which PEFT finds exactly ``sites`` in the base.
 
-    Last names if they match nothing else, full names otherwise or if the base's layers are not known.
+    Last names if they match nothing else, full names otherwise.
+
+    Args:
+        known: names of all modules of the base if ``whole``; else of the layers that experts may adapt, or none if
+            they are not known either: what usual heads and poolers hold then counts as there.
     """
     wanted = set(sites)
     last = {site.rsplit(".", 1)[-1] for site in wanted}
-    matched = {site for site in known if site.rsplit(".", 1)[-1] in last}
+    matched = {name for name in (*known, *(() if whole else _ON_TOP)) if name.rsplit(".", 1)[-1] in last}
     return sorted(last) if matched == wanted else sorted(wanted)
 
 

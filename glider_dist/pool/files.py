@@ -1,4 +1,5 @@
-"""Writing files so that a killed process leaves the old file or the new one, never half of one."""
+"""Writing files so that a killed process leaves the old file or the new one, never half of one; and reading what
+people have written, so that a mistake in it is one sentence."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -44,8 +46,10 @@ def sync_file(path: Path) -> None:
 def _share(path: Path) -> None:
     """Give it the mode that this user's umask wants: temporary folders, and what safetensors writes, are for the
     owner alone, which would shut out everybody else who works with a pool."""
-    mode = 0o777 if path.is_dir() else 0o666 | (path.stat().st_mode & 0o111)
-    path.chmod(mode & ~_UMASK)
+    now = path.stat().st_mode
+    mode = 0o777 if stat.S_ISDIR(now) else 0o666 | (now & 0o111)
+    # A folder has the set-group-id bit of the one around it, by which what is made in it belongs to a project.
+    path.chmod((mode & ~_UMASK) | (now & 0o7000))
 
 
 @contextlib.contextmanager
@@ -76,6 +80,26 @@ def write_json(path: Path, value: Any) -> None:
         )
 
 
+def read_text(path: Path, advice: str = "") -> str:
+    """Read a UTF-8 file, with or without a byte order mark, whatever the locale.
+
+    Args:
+        advice: what to do if it cannot be read, for the message.
+
+    Raises:
+        GliderError: if it is missing, unreadable or not UTF-8.
+    """
+    then = f"; {advice}" if advice else ""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise GliderError(f"{path} does not exist{then}") from None
+    except OSError as error:
+        raise GliderError(f"{path} cannot be read ({error.strerror}){then}") from None
+    except UnicodeDecodeError as error:
+        raise GliderError(f"{path} is not UTF-8 text (byte {error.start}){then}") from None
+
+
 def read_json(path: Path, advice: str = "") -> dict[str, Any]:
     """Read the object in a JSON file.
 
@@ -83,17 +107,11 @@ def read_json(path: Path, advice: str = "") -> dict[str, Any]:
         advice: what to do if it cannot be read, for the message.
 
     Raises:
-        GliderError: if it is missing, malformed or no object, naming the file and the line.
+        GliderError: as :func:`read_text`, or if it is malformed or no object, naming the file and the line.
     """
     then = f"; {advice}" if advice else ""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GliderError(f"{path} does not exist{then}") from None
-    except OSError as error:
-        raise GliderError(f"{path} cannot be read ({error.strerror}){then}") from None
-    except UnicodeDecodeError as error:
-        raise GliderError(f"{path} is not UTF-8 text (byte {error.start}){then}") from None
+        value = json.loads(read_text(path, advice))
     except json.JSONDecodeError as error:
         raise GliderError(f"{path} line {error.lineno} is not valid JSON: {error.msg}{then}") from None
     if not isinstance(value, dict):

@@ -17,7 +17,7 @@ def list_pool(pool: ExpertPool) -> str:
         card = expert.card()
         summary = expert.summary(card)
         descriptions = card.get("descriptions") or card.get("readme") or [""]
-        has_gate = expert.has_gate
+        has_gate = expert.has_gate_by(card)
         total += summary["bytes"]
         gates += has_gate
         described += bool(card.get("descriptions"))
@@ -61,7 +61,10 @@ def show_expert(expert: Expert) -> str:
         for (name, d_out, d_in, rank, scale), count in sorted(kinds.items())
     ]
     lines = [f"name: {expert.name}", f"folder: {expert.folder}"]
-    lines += [f"gate: {'yes' if expert.has_gate else 'no'}", f"base: {config.get('base_model_name_or_path')}"]
+    lines += [
+        f"gate: {'yes' if expert.has_gate_by(card) else 'no'}",
+        f"base: {config.get('base_model_name_or_path')}",
+    ]
     for key, value in card.items():
         if key not in ("name", "files"):
             lines += _lines(key, value)

@@ -15,18 +15,6 @@ from glider_dist.pool.names import check_name
 
 
 @contextmanager
-def holding(pool: Path, name: str) -> Iterator[None]:
-    """Hold an expert's lock, first clearing up after a process that was killed while it did.
-
-    Raises:
-        GliderError: another process holds it; the sentence says which.
-    """
-    with _holding(*_of_expert(pool, name)):
-        clear_up(pool / "experts", [name])
-        yield
-
-
-@contextmanager
 def holding_pool(pool: Path) -> Iterator[None]:
     """Hold a pool for a job whose result depends on all of its experts; single ones have their own locks besides.
 
@@ -51,10 +39,13 @@ def _holding(path: Path, what: str) -> Iterator[None]:
 
 
 def hold_all(pool: Path, names: Sequence[str]) -> ExitStack:
-    """Hold the locks of several experts until the returned stack is closed; all of them or none.
+    """Hold the locks of experts until the returned stack is closed; all of them or none.
+
+    Clears up first after a process that was killed while it held some of them.
 
     Raises:
-        GliderError: as :func:`holding`, or more than this process may open.
+        GliderError: another process holds one, and the sentence says which; or they are more files than this
+            process may open.
     """
     with ExitStack() as stack:
         for name in names:

@@ -55,7 +55,12 @@ class Expert:
 
     @property
     def has_gate(self) -> bool:
-        return (self.folder / GATE_FILE).exists()
+        """Whether it has a finished gate; reads the card and raises as :meth:`card`."""
+        return self.has_gate_by(self.card())
+
+    def has_gate_by(self, card: dict[str, Any]) -> bool:
+        """As :attr:`has_gate`, for who has the ``card``: it is written after the gate, which it must name."""
+        return GATE_FILE in (card.get("files") or {}) and (self.folder / GATE_FILE).exists()
 
     def _inside(self, *files: str) -> Path:
         """The path of the last of its files; raises GliderError if any is a link that leaves the pool."""
@@ -126,10 +131,14 @@ class ExpertPool:
     def create(path: str | os.PathLike[str], base: str, fingerprint: Fingerprint | None = None) -> ExpertPool:
         """Make an empty pool for ``base``, or open the one that is there if it is for the same base.
 
+        Args:
+            base: a hub id, or a folder or file, which is noted by its absolute path.
+            fingerprint: of the base; None takes what a folder's ``config.json`` says.
+
         Raises:
             GliderError: if the folder holds a pool for another base, or cannot be made.
         """
-        root = Path(path)
+        root, base = Path(path), _from_everywhere(base)
         if fingerprint is None:
             config = Path(base) / "config.json"
             fingerprint = Fingerprint(read_json(config).get("model_type")) if config.exists() else Fingerprint()
@@ -170,6 +179,11 @@ class ExpertPool:
                 f"pool {self.path} was made for another base ({self.base}): {difference}; "
                 f"leave base= out, or give base={self.base}"
             )
+
+    @property
+    def base_origin(self) -> str:
+        """Where the base's name is from, for the message that there is no such base."""
+        return f"{self.path / 'pool.json'} names {self.base!r} as the pool's base; if that moved, give base=FOLDER"
 
     @property
     def router_dir(self) -> Path:
@@ -274,3 +288,11 @@ class ExpertPool:
         """
         remove_folder(self.expert(name).folder)
         self.__dict__.pop("names", None)
+
+
+def _from_everywhere(base: str) -> str:
+    """The absolute path of a folder or file; what is neither here, as it is."""
+    from glider_dist.model.base import OFFLINE_DEFAULT
+
+    path = Path(base).expanduser()
+    return str(path.resolve()) if base != OFFLINE_DEFAULT and path.exists() else base

@@ -36,8 +36,8 @@ _TOOL_TAGS = re.compile(
 )
 
 
-def card_description(folder: Path) -> tuple[list[str], str] | None:
-    """Descriptions from the README.md in ``folder``, and their source in words; None if it says nothing.
+def card_description(folder: Path) -> list[str]:
+    """Descriptions from the README.md in ``folder``, none if it says nothing.
 
     The first paragraph of prose that is not a template's, cut to whole sentences, and one sentence that names the
     data sets in the front matter. Tags other than those of tools stand in where both are missing.
@@ -45,7 +45,7 @@ def card_description(folder: Path) -> tuple[list[str], str] | None:
     try:
         text = (folder / README).read_text(encoding="utf-8", errors="replace")[:_READ]
     except OSError:
-        return None
+        return []
     front, body = _split(text)
     found = []
     if prose := _first_prose(body):
@@ -56,7 +56,7 @@ def card_description(folder: Path) -> tuple[list[str], str] | None:
         tags = [tag for tag in _words(front.get("tags")) if not _TOOL_TAGS.fullmatch(tag)]
         if tags:
             found.append(f"An expert for {', '.join(tag.replace('-', ' ') for tag in tags)}.")
-    return (found, "adapter card") if found else None
+    return found
 
 
 def _split(text: str) -> tuple[dict[str, Any], str]:

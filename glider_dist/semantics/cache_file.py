@@ -40,6 +40,7 @@ class CacheFile:
         self._lock = threading.Lock()
         self._rows = 0
         self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
         self._next = 0.0
         self._pause = _FIRST_PAUSE
         self._use(lambda connection: None)
@@ -61,6 +62,7 @@ class CacheFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch(mode=0o600)  # SQLite's journal gets the same
         os.chmod(self.path, 0o600)
+        self._file = _identity(self.path)
         connection = sqlite3.connect(self.path, timeout=_PATIENCE, check_same_thread=False, isolation_level=None)
         try:
             # A write-ahead log is shared memory, which hosts do not share. This converts a file that has one.
@@ -78,28 +80,34 @@ class CacheFile:
             raise
         return connection
 
-    def _failed(self, error: Exception) -> None:
-        """Leave a locked file alone for a while, start anew if it is damaged, and else go on without one."""
+    def _failed(self, error: Exception, tries: int = 3) -> None:
+        """Leave a locked file alone for a while, start anew if it is damaged or another is in its place, and else
+        go on without one."""
         if isinstance(error, sqlite3.OperationalError) and "lock" in str(error):
             log.warning("%s is in use by others (%s); it is left alone for %g s", self.path, error, self._pause)
             self._next = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             return
         self._close()
+        replaced = self._file is not None and self._file != _identity(self.path)
         # Of other errors SQLite has subclasses.
-        if type(error) is sqlite3.DatabaseError:
+        if not tries or not (replaced or type(error) is sqlite3.DatabaseError):
+            log.warning("nothing more is kept on disk: %s cannot be used (%s)", self.path, error)
+            self._next = math.inf
+            return
+        if replaced:
+            # Most likely by another process that found it damaged; what lies there now is not.
+            log.info("%s was replaced by others (%s); it is opened again", self.path, error)
+        else:
             log.warning("%s is damaged (%s); a new cache is started", self.path, error)
             # The file last: with its journal beside it, the next one would be taken for half written.
             for suffix in ("-journal", "-wal", "-shm", ""):
                 with contextlib.suppress(OSError):
                     os.replace(f"{self.path}{suffix}", f"{self.path}{suffix}.damaged")
-            try:
-                self._connection = self._open()
-                return
-            except (OSError, sqlite3.Error) as again:
-                error = again
-        log.warning("nothing more is kept on disk: %s cannot be used (%s)", self.path, error)
-        self._next = math.inf
+        try:
+            self._connection = self._open()
+        except (OSError, sqlite3.Error) as again:
+            self._failed(again, tries - 1)
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """The entries that are there."""
@@ -167,6 +175,15 @@ class CacheFile:
         with self._lock:
             self._close()
             self._next = math.inf
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode, by which a file is known whatever its name; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _parts(keys: Sequence[bytes]) -> Iterator[tuple[Sequence[bytes], str]]:

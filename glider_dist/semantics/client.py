@@ -31,7 +31,7 @@ _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
-_TOO_LARGE = (413, 422)  # what Text Embeddings Inference answers to more than 32 texts, unless told otherwise
+_TOO_LARGE = (413, 422)  # ours to too many texts; Text Embeddings Inference to more than 32, unless told otherwise
 
 
 class Unreachable(GliderError):

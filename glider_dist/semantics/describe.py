@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.adapter import CARD_FILE
+from glider_dist.pool.files import read_text
 
 if TYPE_CHECKING:
     from glider_dist.job import Job
@@ -56,14 +57,10 @@ def read_descriptions(path: Path) -> dict[str, list[str]]:
     An expert may have several lines. Empty lines and lines that start with ``#`` do not count.
 
     Raises:
-        GliderError: the file is missing, or a line has no colon, no name or no text.
+        GliderError: the file is missing or not UTF-8, or a line has no colon, no name or no text.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise GliderError(f"{path} cannot be read ({error.strerror or error})") from None
     found: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, "convert it").splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, _, text = (part.strip() for part in line.partition(":"))

@@ -24,6 +24,19 @@ PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 REMEMBERED = 65_536  # vectors that a process keeps
 _SAME_MODEL = 0.995  # cosine; bfloat16 on the other side costs less than 0.002
 _CHARACTERS_PER_TOKEN = 64  # text beyond this many per token of the model's window is cut before tokenization
+# Settings of modules that change vectors without being a tensor, besides pooling; those that are off do not count.
+_SETTINGS = (
+    "do_lower_case", "include_prompt", "activation_function", "use_residual", "layer_start",
+    "cumulative_term_frequency", "unknown_word_weight", "default_route", "processing_kwargs",
+)  # fmt: skip
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 
 
 class TextEmbedder(Protocol):
@@ -99,7 +112,7 @@ class Embedder:
 
     def fingerprint(self) -> str:
         """SHA-256 over the weights, the vocabulary, the window, the kinds of layers with their settings (pooling,
-        say), and the prompts."""
+        say), and the prompts; the same under all versions of sentence-transformers."""
         if self._fingerprint is None:
             model = self.load()
             digest = hashlib.sha256()
@@ -110,7 +123,8 @@ class Embedder:
             digest.update(_settings_of(model).encode())
             for key, tensor in sorted(model.state_dict().items()):
                 flat = tensor.detach().cpu().contiguous().flatten()
-                digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                name = key.replace(".auto_model.", ".model.")  # sentence-transformers before 5.4
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(memoryview(flat.view(torch.uint8).numpy()))
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -140,12 +154,28 @@ class Embedder:
 
 
 def _settings_of(model: Any) -> str:
-    """JSON of what is no tensor and yet changes embeddings, the same in every process and folder."""
-    modules = [module.get_config_dict() for module in model.modules() if hasattr(module, "get_config_dict")]
+    """JSON of what is no tensor and yet changes embeddings, the same in every process and folder, and in all
+    versions of sentence-transformers, which add settings, and rename those that only connect modules."""
+    modules = []
+    for module in model.modules():
+        if not hasattr(module, "get_config_dict"):
+            continue
+        if type(module).__module__.startswith("sentence_transformers."):
+            modules.append({key: value for key in _SETTINGS if (value := getattr(module, key, None))})
+            modules[-1]["pooling"] = _pooling_of(module)
+        else:
+            modules.append(module.get_config_dict())  # of the model's own code
     # Versions of sentence-transformers add empty ones.
     prompts = {name: text for name, text in getattr(model, "prompts", {}).items() if text}
     # The repr of an object may hold its address.
     return json.dumps([modules, prompts], sort_keys=True, default=lambda value: type(value).__name__)
+
+
+def _pooling_of(module: Any) -> list[str]:
+    """In the order of the vector's parts: one setting since sentence-transformers 5.4, a flag for each before."""
+    modes = getattr(module, "pooling_mode", ())
+    flags = [mode for flag, mode in _POOLING_FLAGS.items() if getattr(module, flag, False)]
+    return [modes] if isinstance(modes, str) else [*modes] or flags
 
 
 def _tokenizer(model: Any) -> Any:

@@ -41,9 +41,6 @@ class Recent:
         self.limit = limit
         self._entries: OrderedDict[bytes, bytes] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def get(self, key: bytes) -> bytes | None:
         entry = self._entries.get(key)
         if entry is not None:

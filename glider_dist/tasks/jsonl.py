@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from glider_dist.errors import GliderError
+from glider_dist.pool.files import read_json, read_text
 from glider_dist.tasks.record import (
     make_example,
     make_task,
     mixed,
-    read_json,
-    read_text,
     sample,
     task_records,
     texts,
@@ -73,7 +72,7 @@ def _wordings(path: Path) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     if not path.exists():
         return {}
     entries = read_json(path)
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+    if not all(isinstance(entry, dict) for entry in entries.values()):
         raise GliderError(f"{path} must be an object of objects, one per task")
     return {
         name: (
@@ -93,7 +92,7 @@ def _read_split(
     examples: list[Example] = []
     line_of: dict[str, int] = {}
     # Not splitlines(): JSON allows the separators U+2028 and U+0085 unescaped inside a string.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, "convert it").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

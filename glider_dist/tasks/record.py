@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from glider_dist.errors import GliderError
+from glider_dist.pool.files import read_json
 from glider_dist.tasks.task import Example, Task, stable_hash
 
 METRICS = ("exact_match", "rouge_l")
 SPLITS = ("held_in", "held_out")
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark.
-
-    Raises:
-        GliderError: if it is missing, unreadable or not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise GliderError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
-    except OSError as error:
-        raise GliderError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value.
-
-    Raises:
-        GliderError: as :func:`read_text`, and if it is not JSON.
-    """
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise GliderError(f"{path}, line {error.lineno}: this is not JSON ({error.msg})") from None
 
 
 def task_records(path: Path) -> list[dict[str, Any]]:
@@ -47,8 +21,7 @@ def task_records(path: Path) -> list[dict[str, Any]]:
     Raises:
         GliderError: if the file is not of that shape.
     """
-    index = read_json(path)
-    records = index.get("tasks") if isinstance(index, dict) else None
+    records = read_json(path).get("tasks")
     if not isinstance(records, list) or not records:
         raise GliderError(f'{path} must be an object with a list of tasks, {{"tasks": [{{"name": ...}}]}}')
     for number, record in enumerate(records, 1):

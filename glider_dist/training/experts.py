@@ -19,7 +19,6 @@ from glider_dist.job import Job
 from glider_dist.model.sites import linear_sites, peft_targets
 from glider_dist.parallel.replicas import Replicas
 from glider_dist.pool.adapter import (
-    GATE_FILE,
     WEIGHTS_FILE,
     SiteLora,
     check_finite,
@@ -104,9 +103,7 @@ def train_gates(job: Job) -> None:
     tasks = [task for task in job.tasks.held_in if task.name in pool]
     if job.tasks.held_in and not tasks:
         raise GliderError(f"pool {pool.path} has no expert of a held-in task; run train-experts first")
-    # A process that was killed between a gate and its card leaves one that the card does not know.
-    cards = {task.name: pool.expert(task.name).card().get("files", {}) for task in tasks}
-    todo = [task for task in tasks if not (pool.expert(task.name).has_gate and GATE_FILE in cards[task.name])]
+    todo = [task for task in tasks if not pool.expert(task.name).has_gate]
     _begin(job, "gate", todo, tasks)
     if not todo:
         return

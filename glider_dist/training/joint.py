@@ -29,7 +29,7 @@ from glider_dist.pool.calibration import CALIBRATION_FILE
 from glider_dist.pool.files import read_json, write_json
 from glider_dist.pool.lock import hold_all, holding_pool
 from glider_dist.routing.strategies import check_router, needs_scores
-from glider_dist.semantics import describe, index
+from glider_dist.semantics import describe, indexing
 from glider_dist.semantics.global_router import global_router
 from glider_dist.tracking.progress import progress
 from glider_dist.training import joint_multitask
@@ -74,7 +74,7 @@ def run(job: Job) -> None:
     if job.cfg.joint.multitask:
         return _multitask(job)
     if job.cfg.joint.prepare:
-        for stage in (train_experts, train_gates, describe.run, index.run, calibrate.run):
+        for stage in (train_experts, train_gates, describe.run, indexing.run, calibrate.run):
             stage(job)
     with job.ranks.together(lambda: _hold_pool(job)):
         changed = _run(job)

@@ -209,7 +209,7 @@ def _parse(body: bytes, served: Served, limits: Limits) -> tuple[list[str], str]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise Refused(400, "input must be a string or a list of strings, at least one; token ids are not taken")
     if len(texts) > limits.max_texts:
-        raise Refused(400, f"{len(texts)} texts in one request, but at most {limits.max_texts} are taken")
+        raise Refused(413, f"{len(texts)} texts in one request, but at most {limits.max_texts} are taken")
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
