@@ -59,6 +59,7 @@ class Job:
 
     def __init__(self, cfg: Config, stage: str, ranks: Ranks, stop: StopWish | None = None):
         cfg.validate()
+        self._base_given = cfg.base != "auto"
         self.cfg = cfg = with_base(cfg)
         self.stage = stage
         self.ranks = ranks
@@ -73,18 +74,25 @@ class Job:
 
     @cached_property
     def base(self) -> BaseModel:
-        cfg, device = self.cfg, str(self.ranks.device)
-        sharded = cfg.zero_stage == 3 and self.ranks.world > 1
-        if sharded:
-            with self.main_first():
-                prepare_base(cfg.base)
-            base = load_base(cfg.base, cfg.dtype, device, sharded=True)
-        else:
-            with self.main_first():
-                base = load_base(cfg.base, cfg.dtype, device, cfg.base_bits)
+        sharded = self.cfg.zero_stage == 3 and self.ranks.world > 1
+        try:
+            base = self._load_base(sharded)
+        except GliderError as error:
+            if self._base_given or self.cfg.pool is None or not (self.pool_path / "pool.json").exists():
+                raise
+            raise GliderError(f"{error} ({self.open_pool(check_base=False).base_origin})") from error
         log.info("base %s on %s, %s", base.source, base.device, base.reason)
         self._base_hash = self._hash_of(base, sharded)
         return base
+
+    def _load_base(self, sharded: bool) -> BaseModel:
+        cfg, device = self.cfg, str(self.ranks.device)
+        if sharded:
+            with self.main_first():
+                prepare_base(cfg.base)
+            return load_base(cfg.base, cfg.dtype, device, sharded=True)
+        with self.main_first():
+            return load_base(cfg.base, cfg.dtype, device, cfg.base_bits)
 
     def _hash_of(self, base: BaseModel, sharded: bool) -> str | None:
         """Read once: by rank 0 if it alone reads the base, else by the first rank of each node."""

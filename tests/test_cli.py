@@ -189,6 +189,15 @@ def test_without_base_a_stage_takes_the_one_that_the_pool_was_made_for(tmp_path:
     assert f"base: {base}\n" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+def test_a_base_that_has_moved_is_told_with_the_file_that_names_it(tmp_path: Path) -> None:
+    base = save_tiny_base(tmp_path / "base", tiny_causal())
+    random_pool(tmp_path / "pool", tiny_causal(), experts=HELD_IN, base=str(base))
+    base.rename(tmp_path / "moved")
+    outcome = command("predict", "Repeat the words. Input: sun", *settings(tmp_path, router__kind="phatgoose"))
+    assert outcome.code == 2
+    assert f"pool.json names '{base}' as the pool's base; if that moved, give base=FOLDER" in outcome.errors[0]
+
+
 def test_a_base_that_is_named_is_not_exchanged_for_the_pools(tmp_path: Path) -> None:
     other = save_tiny_base(tmp_path / "other", tiny_causal(hidden_size=32))
     random_pool(tmp_path / "pool", tiny_causal(), experts=HELD_IN, base="right")
