@@ -7,8 +7,6 @@ one pool, with the base loaded once per rank. Every stage does only what is miss
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import secrets
@@ -33,7 +31,7 @@ from glider_dist.evaluation.queries import make_queries
 from glider_dist.job import Job
 from glider_dist.parallel.ranks import ALONE
 from glider_dist.parallel.stopping import SIGNALS, STOP_FILE
-from glider_dist.pool.files import read_json, write_json
+from glider_dist.pool.files import digest_of, read_json, write_json
 from glider_dist.semantics import describe, indexing
 from glider_dist.settings import read_config
 from glider_dist.tasks.procedural import QUICKSTART_HELD_IN, QUICKSTART_HELD_OUT
@@ -118,7 +116,7 @@ def stages(job: Job, text: str = "") -> None:
 def _key(job: Job, text: str) -> str:
     """Everything the printed result depends on."""
     parts = [evaluate.rows_key(job, job.open_pool(check_base=False)), job.cfg.evaluate.routers, text]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return digest_of(parts)
 
 
 def _finished(cfg: Config, text: str) -> str | None:

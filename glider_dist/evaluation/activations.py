@@ -6,8 +6,6 @@ Nothing is trained and no answer is scored; the answers are read, since the laye
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +19,7 @@ from glider_dist.model.attach import attach_pool, detach
 from glider_dist.model.engine import FORWARD
 from glider_dist.model.stored import activations_made_from, write_activations
 from glider_dist.pool import ExpertPool
+from glider_dist.pool.files import digest_of
 from glider_dist.tasks.task import Task
 from glider_dist.tracking.progress import progress
 
@@ -71,4 +70,4 @@ def _batches(job: Job, pool: ExpertPool, task: Task) -> Iterator[dict[str, Any]]
 
 def _digest(job: Job, task: Task) -> str:
     state = [queries_digest([task], "train", EXAMPLES), job.cfg.tasks.max_length, *job.computes_in]
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    return digest_of(state)

@@ -13,9 +13,7 @@ hopeless answers outweighs right answers lost.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -26,14 +24,13 @@ import torch
 
 from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
-from glider_dist.evaluation.evaluate import calibration_of
 from glider_dist.evaluation.partial import PartialLosses
 from glider_dist.evaluation.queries import QueryRunner, make_queries, queries_digest
 from glider_dist.evaluation.routers import router_scope, router_settings
 from glider_dist.job import Job
 from glider_dist.model.attach import detach, set_router
-from glider_dist.pool.calibration import CALIBRATION_FILE, made_for
-from glider_dist.pool.files import write_json
+from glider_dist.pool.calibration import CALIBRATION_FILE, made_for, stored_calibration
+from glider_dist.pool.files import digest_of, sha256, write_json
 from glider_dist.routing.strategies import PUBLISHED, local_scores, strategy_of
 from glider_dist.semantics.global_router import global_router, query_settings
 from glider_dist.semantics.index import FILE
@@ -54,16 +51,16 @@ def run(job: Job) -> None:
     router = global_router(job, pool)
     index = pool.router_dir / FILE
     state = {
-        "files": {expert.name: expert.card().get("files", {}) for expert in pool.experts()},
-        "index": hashlib.sha256(index.read_bytes()).hexdigest(),
+        "files": pool.files(),
+        "index": sha256(index),
         "settings": dataclasses.asdict(cfg.calibrate),
         "rule": "of the pairs within one standard error the one nearest to the published, a threshold that fits",
         "queries": [queries_digest(tasks, "validation", cfg.calibrate.queries), cfg.tasks.max_length],
         "router": router_settings(dataclasses.replace(cfg.router, **_UNSET)),
         **query_settings(job),
     }
-    key = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-    if calibration_of(pool).get("key") == key:
+    key = digest_of(state)
+    if stored_calibration(pool).get("key") == key:
         if job.ranks.is_main:
             log.info("the calibration is up to date")
         return

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from glider_dist.evaluation.routers import evaluate_router, made_with, router_se
 from glider_dist.job import Job
 from glider_dist.model.attach import detach
 from glider_dist.pool import ExpertPool
-from glider_dist.pool.files import read_json, write_json
+from glider_dist.pool.calibration import stored_calibration
+from glider_dist.pool.files import digest_of, read_json, sha256, write_json
 from glider_dist.routing.strategies import check_router, check_shared, needs_scores, strategy_of
 from glider_dist.semantics.global_router import global_router, query_settings
 from glider_dist.semantics.index import FILE
@@ -62,7 +61,7 @@ def run(job: Job) -> list[RouterResult]:
             "routing": routing,
             "pool": str(pool.path),
             "seed": cfg.seed,
-            "calibration": calibration_of(pool),
+            "calibration": stored_calibration(pool),
         }
         write_reports(job.run_dir, results, extra, cfg.evaluate.bootstrap, cfg.seed)
         _track(job, results)
@@ -136,20 +135,15 @@ def _check_unchanged(job: Job, key: str) -> None:
     job.ranks.on_main(check)
 
 
-def calibration_of(pool: ExpertPool) -> dict[str, Any]:
-    path = pool.router_dir / "calibration.json"
-    return read_json(path) if path.exists() else {}
-
-
 def rows_key(job: Job, pool: ExpertPool) -> str:
     """Everything the answers depend on: experts, gates, index, calibration, queries and settings."""
     cfg = job.cfg
     index = pool.router_dir / FILE
     state = {
         "base": pool.fingerprint.to_json(),
-        "files": {expert.name: expert.card().get("files", {}) for expert in pool.experts()},
-        "index": hashlib.sha256(index.read_bytes()).hexdigest() if index.exists() else None,
-        "calibration": calibration_of(pool),
+        "files": pool.files(),
+        "index": sha256(index) if index.exists() else None,
+        "calibration": stored_calibration(pool),
         "queries": queries_digest(job.tasks.all, "test", cfg.evaluate.queries),
         "max_length": cfg.tasks.max_length,
         "router": router_settings(cfg.router),
@@ -163,7 +157,7 @@ def rows_key(job: Job, pool: ExpertPool) -> str:
         "computed_in": job.computes_in,
         **query_settings(job),
     }
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return digest_of(state)
 
 
 def _stored(path: Path, key: str) -> tuple[RouterResult, dict[str, Any]] | None:

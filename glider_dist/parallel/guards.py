@@ -6,10 +6,8 @@ expert's gradient to another's where a replica lacks one.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -19,15 +17,18 @@ from glider_dist.parallel.exchange import gather_objects
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement
 from glider_dist.pool import ExpertPool
+from glider_dist.pool.files import digest_of
 
 log = logging.getLogger(__name__)
 
 
 def check_same_pool(mesh: Mesh, pool: ExpertPool, placement: Placement) -> None:
     """Raises GliderError, naming the rank, if ranks see another pool (names, files) or placement than rank 0."""
-    files = [(name, sorted(pool.expert(name).card().get("files", {}).items())) for name in pool.names]
-    facts = {"pool": _digest(files), "placement of experts": _digest([placement.owner, placement.ranks])}
-    facts["mesh"] = _digest([mesh.expert_parallel, mesh.data_parallel])
+    facts = {
+        "pool": digest_of(pool.files()),
+        "placement of experts": digest_of([placement.owner, placement.ranks]),
+        "mesh": digest_of([mesh.expert_parallel, mesh.data_parallel]),
+    }
     everyone = gather_objects("pool and placement", facts)
     for what in facts:
         odd = [str(rank) for rank, other in enumerate(everyone) if other[what] != everyone[0][what]]
@@ -43,7 +44,7 @@ def check_replicas(mesh: Mesh, placement: Placement, banks: dict[str, SiteBank])
     if mesh.replica_group is None:
         return
     sums = checksums(banks)
-    digests = gather_objects("checksum of all experts", _digest(sums), mesh.replica_group)
+    digests = gather_objects("checksum of all experts", digest_of(sums), mesh.replica_group)
     if digests.count(digests[0]) == len(digests):
         return
     everyone = gather_objects("checksums of experts", sums, mesh.replica_group)
@@ -105,7 +106,3 @@ def check_gradients(
     for expert in ((norms_Se == 0).all(0) & (tokens_Se > 0).any(0)).nonzero().flatten().tolist():
         tokens = int(tokens_Se[:, expert].sum())
         log.warning("expert %r served %d tokens of the first step and got no gradient", names[expert], tokens)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()

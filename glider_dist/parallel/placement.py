@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glider_dist.errors import GliderError
-from glider_dist.pool.files import write_json
+from glider_dist.pool.files import digest_of, write_json
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def place(names: Sequence[str], ranks: int, kind: str, load: str | None) -> Plac
 
 
 def _sha256(load: Mapping[str, float]) -> str:
-    return hashlib.sha256(json.dumps(load, sort_keys=True).encode()).hexdigest()
+    return digest_of(load)
 
 
 def load_of(path: Path) -> dict[str, float]:

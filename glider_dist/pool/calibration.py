@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from glider_dist.errors import GliderError
-from glider_dist.pool.files import read_json, sha256
+from glider_dist.pool.files import digest_of, read_json, sha256
 from glider_dist.pool.store import ExpertPool
 
 log = logging.getLogger(__name__)
@@ -21,12 +19,13 @@ _RANGES = {"alpha_in": (0.0, math.inf), "alpha_out": (0.0, math.inf), "threshold
 
 def made_for(pool: ExpertPool, index: Path) -> dict[str, str]:
     """What a calibration depends on: hashes of all experts' files, as their cards have them, and of the index."""
-    return {"experts": _experts_digest(pool), "index": sha256(index)}
+    return {"experts": digest_of(pool.files()), "index": sha256(index)}
 
 
-def _experts_digest(pool: ExpertPool) -> str:
-    files = {expert.name: expert.card().get("files", {}) for expert in pool.experts()}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def stored_calibration(pool: ExpertPool) -> dict[str, Any]:
+    """As it is; empty if there is none. Raises GliderError if it is no JSON object."""
+    path = pool.router_dir / CALIBRATION_FILE
+    return read_json(path, "run calibrate again") if path.exists() else {}
 
 
 def read_calibration(pool: ExpertPool, local_scores: list[str | float]) -> dict[str, Any]:
@@ -40,12 +39,12 @@ def read_calibration(pool: ExpertPool, local_scores: list[str | float]) -> dict[
     Raises:
         GliderError: it is no JSON object.
     """
+    value = stored_calibration(pool)
+    if not value:
+        return value
     path = pool.router_dir / CALIBRATION_FILE
-    if not path.exists():
-        return {}
-    value = read_json(path, "run calibrate again")
     noted = value.get("made_for")
-    if isinstance(noted, dict) and noted.get("experts") != _experts_digest(pool):
+    if isinstance(noted, dict) and noted.get("experts") != digest_of(pool.files()):
         log.warning("%s was made for other experts than the pool has now; run calibrate again", path)
     made_with = value.get("local_scores")
     if made_with and local_scores and made_with != local_scores:
@@ -67,7 +66,7 @@ def check_calibration(pool: ExpertPool, index: Path) -> None:
     if not path.exists():
         return
     again = "run calibrate again"
-    value = read_json(path, again)
+    value = stored_calibration(pool)
     for key, (low, high) in _RANGES.items():
         if key not in value:
             raise GliderError(f"{path} has no {key}; {again}")

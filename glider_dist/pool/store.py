@@ -185,6 +185,10 @@ class ExpertPool:
         """Where the base's name is from, for the message that there is no such base."""
         return f"{self.path / 'pool.json'} names {self.base!r} as the pool's base; if that moved, give base=FOLDER"
 
+    def files(self) -> dict[str, dict[str, str]]:
+        """``{expert: {file: sha256}}`` as the cards have them: reads them all."""
+        return {expert.name: expert.card().get("files", {}) for expert in self.experts()}
+
     @property
     def router_dir(self) -> Path:
         return self.path / "router"

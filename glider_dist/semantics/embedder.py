@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from glider_dist.errors import GliderError
+from glider_dist.pool.files import sha256
 from glider_dist.semantics.vectors import Recent, pack, text_key, vector_of
 
 log = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ def _packaged_folder() -> str:
         ) from None
     folder = Path(os.fspath(package.get_model_path()))
     weights = folder / "model.safetensors"
-    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    found = sha256(weights)
     if found != PACKAGED_SHA256:
         raise GliderError(
             f"{weights} has sha256 {found[:16]}..., not {PACKAGED_SHA256[:16]}...; "

@@ -25,7 +25,7 @@ from glider_dist.job import Job
 from glider_dist.model.attach import context_of, detach, query_scores
 from glider_dist.model.recompute import recomputed
 from glider_dist.pool import ExpertPool
-from glider_dist.pool.calibration import CALIBRATION_FILE
+from glider_dist.pool.calibration import CALIBRATION_FILE, stored_calibration
 from glider_dist.pool.files import read_json, write_json
 from glider_dist.pool.lock import hold_all, holding_pool
 from glider_dist.routing.strategies import check_router, needs_scores
@@ -265,7 +265,7 @@ def _facts(job: Job, recipes: dict[str, Recipe]) -> Facts:
         pool = job.open_pool(check_base=False)
         facts |= {
             "the pool": versions_digest(pool),
-            "the pool's calibration": str(calibrate.calibration_of(pool).get("key")),
+            "the pool's calibration": str(stored_calibration(pool).get("key")),
         }
     return facts
 

@@ -8,8 +8,6 @@ A killed job leaves the old pool, or one that the next start of the stage finish
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from dataclasses import asdict
@@ -24,7 +22,7 @@ from glider_dist.job import Job
 from glider_dist.pool import Expert, ExpertPool
 from glider_dist.pool.adapter import GATE_FILE, WEIGHTS_FILE, inspect_adapter
 from glider_dist.pool.adapter_config import CONFIG_FILE
-from glider_dist.pool.files import clear_up, read_json, sync_folder, write_json, write_tensors
+from glider_dist.pool.files import clear_up, digest_of, read_json, sync_folder, write_json, write_tensors
 from glider_dist.training.joint_config import of_the_weights, recipes_of
 
 STAGING = ".joint"
@@ -106,7 +104,7 @@ def versions_digest(pool: ExpertPool, newer: ExpertPool | None = None) -> str:
     """Of the experts' files; of those in ``newer`` the files there."""
     versions = {expert.name: expert for source in (pool, newer) if source for expert in source.experts()}
     files = {name: versions[name].card().get("files", {}) for name in pool.names}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return digest_of(files)
 
 
 def training_key(job: Job) -> str:
@@ -121,4 +119,4 @@ def training_key(job: Job) -> str:
         "seed": cfg.seed,
         "max_length": cfg.tasks.max_length,
     }
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return digest_of(state)
