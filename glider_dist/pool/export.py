@@ -24,8 +24,9 @@ from glider_dist.pool.adapter import (
     write_adapter,
 )
 from glider_dist.pool.adapter_config import CONFIG_FILE
+from glider_dist.pool.expert import Expert
 from glider_dist.pool.files import read_json, replacing, replacing_folder, write_json
-from glider_dist.pool.store import Expert, ExpertPool
+from glider_dist.pool.store import ExpertPool
 from glider_dist.tracking.progress import progress
 
 log = logging.getLogger(__name__)

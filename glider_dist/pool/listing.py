@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from glider_dist.pool.store import Expert, ExpertPool
+from glider_dist.pool.expert import Expert
+from glider_dist.pool.store import ExpertPool
 from glider_dist.pool.table import megabytes, span, table
 
 

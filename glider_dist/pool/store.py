@@ -17,20 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from glider_dist.errors import GliderError
-from glider_dist.pool.adapter import (
-    CARD_FILE,
-    GATE_FILE,
-    WEIGHTS_FILE,
-    SiteLora,
-    inspect_adapter,
-    read_adapter,
-    read_gate,
-    site_shapes,
-)
-from glider_dist.pool.adapter_config import CONFIG_FILE, read_config
+from glider_dist.pool.adapter import CARD_FILE, GATE_FILE, WEIGHTS_FILE, inspect_adapter, read_gate
+from glider_dist.pool.adapter_config import CONFIG_FILE
+from glider_dist.pool.expert import Expert
 from glider_dist.pool.files import (
     read_json,
     remove_folder,
@@ -38,79 +28,11 @@ from glider_dist.pool.files import (
     sha256,
     write_json,
     write_new_json,
-    write_tensors,
 )
 from glider_dist.pool.fingerprint import Fingerprint, check_gate, check_sites
 from glider_dist.pool.names import check_name, natural_key
 
 FORMAT = 1
-
-
-class Expert:
-    """A handle on one expert's folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.name = folder.name
-
-    @property
-    def has_gate(self) -> bool:
-        """Whether it has a finished gate; reads the card and raises as :meth:`card`."""
-        return self.has_gate_by(self.card())
-
-    def has_gate_by(self, card: dict[str, Any]) -> bool:
-        """As :attr:`has_gate`, for who has the ``card``: it is written after the gate, which it must name."""
-        return GATE_FILE in (card.get("files") or {}) and (self.folder / GATE_FILE).exists()
-
-    def _inside(self, *files: str) -> Path:
-        """The path of the last of its files; raises GliderError if any is a link that leaves the pool."""
-        for file in files:
-            path = self.folder / file
-            if path.is_symlink() and not path.resolve().is_relative_to(self.folder.parents[1].resolve()):
-                raise GliderError(f"{path} is a link that leaves the pool; put the file itself there")
-        return path
-
-    def card(self) -> dict[str, Any]:
-        """What the pool notes of the expert; empty if there is no card.
-
-        Raises:
-            GliderError: it is no JSON object, or its hashes or its summary are none.
-        """
-        path = self._inside(CARD_FILE)
-        again = "remove the expert and add it again"
-        card = read_json(path, again) if path.exists() else {}
-        if not all(isinstance(card.get(key) or {}, dict) for key in ("files", "summary")):
-            raise GliderError(f"{path} is no card of an expert; {again}")
-        return card
-
-    def config(self) -> dict[str, Any]:
-        return read_config(self._inside(CONFIG_FILE).parent)
-
-    def weights(self) -> dict[str, SiteLora]:
-        """``{site: SiteLora}``, read from disk."""
-        return read_adapter(self._inside(CONFIG_FILE, WEIGHTS_FILE).parent)
-
-    def gate(self) -> dict[str, torch.Tensor]:
-        """Raw gate vectors ``{site: v [d_in]}``, read from disk."""
-        return read_gate(self._inside(GATE_FILE))
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """``{site: (d_out, d_in)}`` from the file's header."""
-        return site_shapes(self._inside(WEIGHTS_FILE).parent)
-
-    def summary(self, card: dict[str, Any]) -> dict[str, Any]:
-        """Sites, ranks, dtype and bytes as its ``card`` has them, else from the headers."""
-        return card.get("summary") or inspect_adapter(self.folder).summary()
-
-    def update_card(self, **values: Any) -> None:
-        write_json(self.folder / CARD_FILE, {**self.card(), **values})
-
-    def write_gate(self, gate: dict[str, torch.Tensor], **card: Any) -> None:
-        """Store the gate and note its hash in the card."""
-        path = self.folder / GATE_FILE
-        write_tensors(path, gate)
-        files = {**self.card().get("files", {}), GATE_FILE: sha256(path)}
-        self.update_card(**card, files=files)
 
 
 class ExpertPool:
@@ -191,6 +113,7 @@ class ExpertPool:
 
     @property
     def router_dir(self) -> Path:
+        """Folder of the index and the calibration; there only once one of them is."""
         return self.path / "router"
 
     @cached_property
@@ -228,13 +151,25 @@ class ExpertPool:
         return [Expert(self.path / "experts" / name) for name in self.names]
 
     def missing_gates(self) -> list[str]:
+        """Names of the experts without a finished gate, in the pool's order; reads every card (1 s for 10,000).
+
+        Raises:
+            GliderError: as :meth:`Expert.card`.
+        """
         return [expert.name for expert in self.experts() if not expert.has_gate]
 
     def write(self, name: str, fill: Callable[[Path], None], card: dict[str, Any], replace: bool = True) -> Expert:
-        """Add or replace an expert: ``fill(folder)`` writes its files, the card gets their hashes and a summary.
+        """Add or replace an expert, whole or not at all.
+
+        Args:
+            fill: writes ``adapter_config.json``, ``adapter_model.safetensors`` and perhaps ``gate.safetensors``
+                into the folder that it is given.
+            card: what the card says besides the files' hashes and a summary, which are added.
+            replace: put it in the place of an expert of that name.
 
         Raises:
-            FileExistsError: ``replace`` is false and another process has added an expert of that name.
+            GliderError: the name is not allowed, or what ``fill`` wrote cannot be routed.
+            FileExistsError: ``replace`` is false and there is an expert of that name, maybe of another process.
         """
         check_name(name)
         target = self.path / "experts" / name
@@ -259,9 +194,15 @@ class ExpertPool:
     ) -> Expert:
         """Copy a PEFT LoRA folder (and a gate file) into the pool, checked and hashed.
 
+        Args:
+            adapter: folder with ``adapter_config.json`` and ``adapter_model.safetensors``, A ``[r, d_in]`` and B
+                ``[d_out, r]`` for each site.
+            gate: safetensors file of ``{site: v [d_in]}`` fp32 with every site of the adapter; None: no gate.
+            card: what the card says besides hashes and a summary.
+
         Raises:
             GliderError: the name is taken or not allowed, the adapter cannot be routed, or its shapes differ
-                from the base's.
+                from the base's; the gate lacks a site, does not fit or is not finite.
         """
         check_name(name)
         taken = f"pool {self.path} already has an expert {name!r}; remove it first or choose another name"

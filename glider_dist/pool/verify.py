@@ -8,10 +8,11 @@ from pathlib import Path
 from glider_dist.errors import GliderError
 from glider_dist.pool.adapter import CARD_FILE, GATE_FILE, WEIGHTS_FILE, check_finite
 from glider_dist.pool.adapter_config import CONFIG_FILE
+from glider_dist.pool.expert import Expert
 from glider_dist.pool.files import sha256
 from glider_dist.pool.fingerprint import check_gate, check_sites
 from glider_dist.pool.names import check_name
-from glider_dist.pool.store import Expert, ExpertPool
+from glider_dist.pool.store import ExpertPool
 from glider_dist.tracking.progress import progress
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
