@@ -10,9 +10,7 @@ import errno
 import importlib
 import logging
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from glider_dist.config import Config
 from glider_dist.errors import EXIT_STOPPED, GliderError, Stopped
 from glider_dist.mistakes import tell, told_elsewhere
 from glider_dist.parallel.launch import adopt_slurm
-from glider_dist.parallel.stopping import SIGNALS, StopWish
+from glider_dist.parallel.stopping import StopWish, signals_to
 from glider_dist.settings import read_config, settings
 from glider_dist.tracking.log_file import EarlyLog
 
@@ -192,15 +190,8 @@ def ended_by_signals(stop: StopWish) -> Iterator[None]:
         if not stop.watched:
             raise SystemExit(EXIT_STOPPED)  # which an import that may fail lets through
 
-    if threading.current_thread() is not threading.main_thread():
+    with signals_to(end):
         yield
-        return
-    before = {number: signal.signal(number, end) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_stage(name: str, cfg: Config, stage: Any, text: str | None = None, stop: StopWish | None = None) -> None:

@@ -1,7 +1,7 @@
-"""Every setting of every stage, as typed dataclasses. ``cli.py`` fills them from YAML and ``key=value``.
+"""Every setting of every stage, as typed dataclasses. ``settings.py`` fills them from YAML and ``key=value``.
 
-The text after ``doc=`` is what ``glider-dist STAGE --help`` prints. Values are checked twice: types by
-OmegaConf when the configuration is read, ranges and choices by :meth:`Config.validate`.
+The text after ``doc=`` is what ``glider-dist STAGE --help`` prints. Types and choices are checked when the
+configuration is read, ranges by :meth:`Config.validate`.
 """
 
 from __future__ import annotations

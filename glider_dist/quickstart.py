@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from glider_dist.evaluation.predict import predict, show
 from glider_dist.evaluation.queries import make_queries
 from glider_dist.job import Job
 from glider_dist.parallel.ranks import ALONE
-from glider_dist.parallel.stopping import SIGNALS, STOP_FILE
+from glider_dist.parallel.stopping import STOP_FILE, signals_to
 from glider_dist.pool.files import digest_of, read_json, write_json
 from glider_dist.semantics import describe, indexing
 from glider_dist.settings import read_config
@@ -181,13 +180,13 @@ def _run_stoppable(command: list[str], env: dict[str, str], stop_file: Path) -> 
         stop_file.parent.mkdir(parents=True, exist_ok=True)
         stop_file.touch()
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
-    try:
-        return subprocess.run(command, env={**env, STOP_FILE: str(stop_file.absolute())}, check=False).returncode
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        stop_file.unlink(missing_ok=True)
+    with signals_to(ask):
+        try:
+            return subprocess.run(
+                command, env={**env, STOP_FILE: str(stop_file.absolute())}, check=False
+            ).returncode
+        finally:
+            stop_file.unlink(missing_ok=True)
 
 
 def _free_port() -> int:

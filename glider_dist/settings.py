@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from glider_dist.config import Config
-from glider_dist.errors import GliderError
+from glider_dist.errors import GliderError, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +85,13 @@ def read_config(file: Path | None, overrides: Sequence[str], defaults: dict[str,
             # The help prints None, which YAML would read as text.
             value = OmegaConf.from_dotlist([f"{key}=null" if item == f"{key}=None" else item])
         except Exception as error:
-            raise GliderError(f"{item!r} cannot be read: {_first_line(error)}") from None
+            raise GliderError(f"{item!r} cannot be read: {first_line(error)}") from None
         config = _merge(config, value, "the command line")
     for setting in settings():
         try:
             value = OmegaConf.select(config, setting.key)
         except OmegaConfBaseException as error:
-            raise GliderError(f"{setting.key} cannot be resolved: {_first_line(error)}") from None
+            raise GliderError(f"{setting.key} cannot be resolved: {first_line(error)}") from None
         if value == "False" and setting.is_text:
             # YAML reads a bare off as a boolean.
             value = "off"
@@ -119,7 +119,7 @@ def _read_yaml(file: Path, texts: Collection[str]) -> DictConfig:
     except Exception as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or _first_line(error)
+        problem = getattr(error, "problem", None) or first_line(error)
         raise GliderError(f"{file}{where} is not valid YAML: {problem}") from None
     if not isinstance(value, DictConfig):
         raise GliderError(f"{file} must hold keys and values")
@@ -155,7 +155,7 @@ def _merge(config: Any, value: DictConfig, origin: str) -> Any:
     except OmegaConfBaseException as error:
         key = str(error.full_key or "")
         kind = f" ({known[key].kind} is expected)" if key in known else ""
-        raise GliderError(f"{origin}: {key or 'a key'} has the wrong type{kind}: {_first_line(error)}") from None
+        raise GliderError(f"{origin}: {key or 'a key'} has the wrong type{kind}: {first_line(error)}") from None
 
 
 def _leaves(value: Any, known: dict[str, Setting], prefix: str = "") -> Iterator[str]:
@@ -167,7 +167,3 @@ def _leaves(value: Any, known: dict[str, Setting], prefix: str = "") -> Iterator
             yield from _leaves(inner, known, f"{key}.")
         else:
             yield key
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -190,7 +190,7 @@ def hindsight_experts(job: Job, queries: Sequence[Query], runner: QueryRunner, e
     }
     encoded = [item for name in open_tasks for item in probes[name]]
     losses = {}
-    # Every rank takes part in as many rounds, as a sharded base needs; the last may repeat an expert.
+    # Every rank takes part in as many rounds, as common forwards need; the last may repeat an expert.
     for turn in range(-(-experts // job.ranks.world)):
         expert = (job.ranks.rank + turn * job.ranks.world) % experts
         losses[expert] = runner.nll(

@@ -22,10 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from glider_dist.errors import GliderError
+from glider_dist.errors import GliderError, first_line
 from glider_dist.model.cache import weights_hash
 from glider_dist.model.download import smollm2_folder
-from glider_dist.model.gguf import first_line, gguf_folder
+from glider_dist.model.gguf import gguf_folder
 from glider_dist.model.quantised import quantisation, use_plain_kernels
 from glider_dist.model.zero import loading_in_shards
 

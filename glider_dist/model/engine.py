@@ -54,7 +54,8 @@ class FrozenBase:
         return sum(getattr(p, "ds_tensor", p).nbytes for p in self.model.parameters())
 
     def turn(self, kind: int) -> int:
-        """What all ranks run now: the largest kind any of them asks for. Free of cost when replicated.
+        """What all ranks run now: the largest kind any of them asks for. Free of cost where each rank
+        has a base and all experts of its own.
 
         After :data:`STOP` no rank runs anything more.
         """

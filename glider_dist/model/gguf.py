@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from glider_dist.errors import GliderError
+from glider_dist.errors import GliderError, first_line
 from glider_dist.model.cache import build_once, remembered_sha256
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,3 @@ def convert(file: Path, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type, for a message of one sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -69,6 +69,6 @@ def base_shapes(base: str) -> Fingerprint:
             model = auto.from_config(config)
         return fingerprint(model)
     except (GliderError, OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        log.warning("the base %s is not at hand (%s); shapes are compared when it is loaded", base, first[:200])
+        why = first_line(error)[:200]
+        log.warning("the base %s is not at hand (%s); shapes are compared when it is loaded", base, why)
         return Fingerprint()

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -28,6 +28,20 @@ STOP_FILE = "GLIDER_DIST_STOP_FILE"
 """Environment variable: the path of a file that, once it is there, asks the ranks to stop."""
 _KEY = "glider_dist/stop"
 _LOOK_SECONDS = 0.2
+
+
+@contextmanager
+def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the signals so, then as before. Only the main thread can; elsewhere they stay what they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handled in before.items():
+            signal.signal(number, handled)
 
 
 class StopWish:
@@ -53,17 +67,10 @@ class StopWish:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Take the signals as wishes. Only the main thread can; elsewhere they stay what they are."""
-        if threading.current_thread() is not threading.main_thread():
+        """Take the signals as wishes (see :func:`signals_to`)."""
+        with signals_to(self._on_signal):
+            self.watched = True
             yield
-            return
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        self.watched = True
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._reason = self._reason or signal.Signals(number).name

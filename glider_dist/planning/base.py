@@ -11,10 +11,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from glider_dist.config import Config
-from glider_dist.errors import GliderError
+from glider_dist.errors import GliderError, first_line
 from glider_dist.model.base import OFFLINE_DEFAULT, BaseModel, tune
 from glider_dist.model.download import smollm2_folder
-from glider_dist.model.gguf import first_line
 
 
 def meta_base(cfg: Config) -> BaseModel:

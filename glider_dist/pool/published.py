@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from glider_dist.errors import GliderError
+from glider_dist.errors import GliderError, first_line
 from glider_dist.pool.adapter import GATE_FILE, AdapterInfo, pair_up, target_modules, write_adapter
 from glider_dist.pool.files import sha256, write_tensors
 from glider_dist.pool.header import info_of
@@ -94,8 +94,9 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GliderError(f"{path} is broken or holds more than tensors, so it is not loaded ({first})") from None
+        raise GliderError(
+            f"{path} is broken or holds more than tensors, so it is not loaded ({first_line(error)})"
+        ) from None
     if not isinstance(value, dict):
         raise GliderError(f"{path} holds a {type(value).__name__}, not named tensors")
     for key, tensor in value.items():

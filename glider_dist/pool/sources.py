@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from glider_dist.errors import GliderError
+from glider_dist.errors import GliderError, first_line
 from glider_dist.pool.adapter import (
     CARD_FILE,
     GATE_FILE,
@@ -235,5 +235,4 @@ def _download(hub_id: str) -> Path:
             "copy the adapter's folder here and name that"
         ) from None
     except (HFValidationError, OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GliderError(f"the hub does not give out {hub_id!r} ({first}); check the id") from None
+        raise GliderError(f"the hub does not give out {hub_id!r} ({first_line(error)}); check the id") from None

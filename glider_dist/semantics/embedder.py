@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from glider_dist.errors import GliderError
+from glider_dist.errors import GliderError, first_line
 from glider_dist.pool.files import sha256
 from glider_dist.semantics.vectors import Recent, pack, text_key, vector_of
 
@@ -145,10 +145,9 @@ class Embedder:
                 with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
                     model = SentenceTransformer(source, device=str(self.device)).eval()
             except (OSError, ValueError) as error:
-                first = str(error).strip().splitlines()[0]
                 raise GliderError(
-                    f"embedder {self.name!r} cannot be loaded ({first}); pass embedder=FOLDER, or the default "
-                    f"embedder={PACKAGED}, which needs no network"
+                    f"embedder {self.name!r} cannot be loaded ({first_line(error)}); pass embedder=FOLDER, or the "
+                    f"default embedder={PACKAGED}, which needs no network"
                 ) from None
             self._model = model.requires_grad_(False)
         return self._model

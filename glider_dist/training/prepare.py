@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from glider_dist.config import Config
-from glider_dist.errors import GliderError
+from glider_dist.errors import GliderError, first_line
 from glider_dist.job import Job
 from glider_dist.model.batch import Encoded
 from glider_dist.model.example import encode_example
@@ -130,8 +130,7 @@ def _recipe(job: Job, task: Task, gate: bool) -> Recipe:
         train: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(job.cfg.train), task.settings))
         Config(train=train).validate()
     except (GliderError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise GliderError(f"the settings of task {task.name!r} under 'train': {reason}") from None
+        raise GliderError(f"the settings of task {task.name!r} under 'train': {first_line(error)}") from None
     return Recipe.of(train, job.cfg.seed, gate)
 
 

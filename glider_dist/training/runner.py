@@ -1,4 +1,4 @@
-"""Forwards and backwards of one rank's experts, in step with the other ranks if the base is sharded."""
+"""Forwards and backwards of one rank's experts, in step with the other ranks where a forward is common."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Runner:
         return self._forward_as(kind, self.collator.batch(micro.items), micro.lo, micro.hi, self._experts(micro))
 
     def idle(self) -> None:
-        """Take part in one forward of the other ranks, if the base is sharded."""
+        """Take part in one forward of the other ranks, if it is common (see ``FrozenBase``)."""
         if (kind := self.frozen.turn(IDLE)) not in (IDLE, STOP):
             self._dummy(kind)
 
