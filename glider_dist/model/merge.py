@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from glider_dist.errors import GliderError
+from glider_dist.errors import GliderError, first_line
 from glider_dist.model.base import load_base
 from glider_dist.model.sites import fingerprint, linear_sites
 from glider_dist.pool import ExpertPool, Fingerprint
