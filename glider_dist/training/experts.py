@@ -81,7 +81,7 @@ def train_experts(job: Job) -> None:
         }
 
         def fill(folder: Path) -> None:
-            write_adapter(folder, weights, lora.alpha, targets, cfg.base, task_type)
+            write_adapter(folder, weights, lora.alpha, targets, pool.base, task_type)
 
         try:
             pool.write(task.name, fill, card, replace=False)

@@ -69,10 +69,10 @@ def store(job: Job, tensors: Tensors, card: dict[str, Any]) -> None:
     chosen = linear_sites(job.base.model, lora.targets)
     weights = {site: (tensors[f"{site}.A"], tensors[f"{site}.B"].t()) for site in chosen}
     task_type = "SEQ_2_SEQ_LM" if job.collator.seq2seq else "CAUSAL_LM"
-    job.open_pool().write(
+    targets = peft_targets(chosen, job.base.model)
+    pool = job.open_pool()
+    pool.write(
         NAME,
-        lambda folder: write_adapter(
-            folder, weights, lora.alpha, peft_targets(chosen, job.base.model), job.cfg.base, task_type
-        ),
+        lambda folder: write_adapter(folder, weights, lora.alpha, targets, pool.base, task_type),
         {"task": NAME, "joint": [card], "scores": {"validation_loss": card["validation_loss"]}},
     )
