@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -53,27 +52,30 @@ def test_ranks_load_only_their_shares(kind: str, tmp_path: Path, local_ranks: Ca
         assert fingerprint.sites
 
 
-def read_hash(base: str, stage: int, node: int) -> tuple[list[str], Fingerprint]:
-    """Folders that this rank read to hash them, and the fingerprint; ``node`` ranks share a node."""
+def read_hash(base: str, stage: int, nodes: str) -> tuple[list[str], Fingerprint]:
+    """Folders that this rank read to hash them, and the fingerprint; each letter is the node of a rank."""
     read: list[str] = []
 
     def hashed(folder: Path) -> str | None:
         read.append(str(folder))
         return weights_hash(folder)
 
-    ranks = replace(here(), local_rank=here().rank % node)
-    with patch("glider_dist.model.base.weights_hash", hashed):
+    ranks = here()
+    with (
+        patch("glider_dist.model.base.weights_hash", hashed),
+        patch("socket.gethostname", lambda: nodes[ranks.rank]),
+    ):
         cfg = read_config(None, [f"base={base}", f"zero_stage={stage}", "device=cpu", "dtype=float32"])
         return read, Job(cfg, "train-experts", ranks).fingerprint
 
 
 @pytest.mark.jobs
-@pytest.mark.parametrize(("stage", "node", "readers"), [(3, 1, [0]), (0, 2, [0]), (0, 1, [0, 1])])
+@pytest.mark.parametrize(("stage", "nodes", "readers"), [(3, "ab", [0]), (0, "aa", [0]), (0, "aba", [0, 1])])
 def test_weights_are_hashed_once_a_node_or_by_the_one_rank_that_reads_them(
-    stage: int, node: int, readers: list[int], tmp_path: Path, local_ranks: Callable[[int], LocalRanks]
+    stage: int, nodes: str, readers: list[int], tmp_path: Path, local_ranks: Callable[[int], LocalRanks]
 ) -> None:
     save_tiny_base(tmp_path, tiny_causal())
-    found = local_ranks(2).run(read_hash, str(tmp_path), stage, node)
+    found = local_ranks(len(nodes)).run(read_hash, str(tmp_path), stage, nodes)
     assert [rank for rank, (read, _) in enumerate(found) if read] == readers
     assert all(fingerprint == found[0][1] for _, fingerprint in found)
     assert found[0][1].weights == weights_hash(tmp_path)
