@@ -44,7 +44,7 @@ def here() -> Ranks:
     rank, world = dist.get_rank(), dist.get_world_size()
     # As a launcher does, for DeepSpeed.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
-    return Ranks(rank, world, rank, torch.device("cpu"), dist.group.WORLD)
+    return Ranks(rank, world, torch.device("cpu"), dist.group.WORLD)
 
 
 class Patient(Unfinished):

@@ -177,7 +177,7 @@ class PlainEngine:
 
 def ranks() -> Ranks:
     rank, world = dist.get_rank(), dist.get_world_size()
-    return Ranks(rank, world, rank, CPU, dist.group.WORLD if world > 1 else None)
+    return Ranks(rank, world, CPU, dist.group.WORLD if world > 1 else None)
 
 
 @contextlib.contextmanager

@@ -289,7 +289,7 @@ def sharded_step(live: int) -> tuple[int, int, int, int]:
     alone = step_peak(model, FrozenBase(base, ALONE, 0), base, shapes)
     bound = gathered_bytes(model)
     told = shard_bytes(model, 2)
-    frozen = FrozenBase(base, Ranks(dist.get_rank(), 2, dist.get_rank(), CPU, dist.group.WORLD), 3)
+    frozen = FrozenBase(base, Ranks(dist.get_rank(), 2, CPU, dist.group.WORLD), 3)
     step_peak(model, frozen, base, shapes)
     return frozen.local_bytes, told, step_peak(model, frozen, base, shapes) - alone, bound
 

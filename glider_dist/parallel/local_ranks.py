@@ -132,7 +132,7 @@ def joined_ranks() -> Ranks:
     rank, world = dist.get_rank(), dist.get_world_size()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(rank))
-    return Ranks(rank, world, rank, torch.device("cpu"), dist.group.WORLD)
+    return Ranks(rank, world, torch.device("cpu"), dist.group.WORLD)
 
 
 def _serve(rank: int, world: int, store: str, timeout_s: float, pipe: Connection) -> None:

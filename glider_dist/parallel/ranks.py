@@ -39,14 +39,12 @@ class Ranks:
 
     Attributes:
         rank, world: position and number of processes.
-        local_rank: position on this node.
-        device: ``cuda:local_rank`` or ``cpu``.
+        device: ``cuda:N`` with the position on this node, or ``cpu``.
         control: a gloo group for small messages; None in a single process.
     """
 
     rank: int
     world: int
-    local_rank: int
     device: torch.device
     control: dist.ProcessGroup | None
 
@@ -113,7 +111,7 @@ class Ranks:
             dist.destroy_process_group()
 
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"), None)
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
 """A single process that computes nothing."""
 
 
@@ -163,7 +161,7 @@ def start_ranks(device: str = "auto") -> Ranks:
         except dist.DistError as error:
             raise GliderError(_apart(rank, world, str(error))) from None
         control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return Ranks(rank, world, local_rank, target, control)
+    return Ranks(rank, world, target, control)
 
 
 def _apart(rank: int, world: int, reason: str) -> str:
