@@ -163,7 +163,7 @@ def test_ranks_have_their_time_to_stop_from_the_notice_on_however_long_telling_t
         assert time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
-    process.wait(30)
+    process.wait(120)
     told, ranks = ((tmp_path / "calls" / name).stat().st_mtime for name in ("told", "ended"))
     assert ranks - told < 2, "STOP_SECONDS=3 were over when all had been told"
     assert (tmp_path / "calls/queued").exists()
