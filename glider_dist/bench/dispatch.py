@@ -2,8 +2,7 @@
 
 Per cell (tokens per rank, experts, workload) these take turns: the fixed strategies and ``auto``, each twice (the
 noise), a plain exchange of one row per (token, expert), and the floor of ``gather``. A round counts with its
-slowest rank. One site of width 576, LoRA rank 16, k = 2, fp32, experts trainable, every step from gradients of
-None as after an optimizer's ``zero_grad``. All results are first compared.
+slowest rank. One site of width 576, LoRA rank 16, k = 2, fp32, experts trainable. All results are first compared.
 """
 
 from __future__ import annotations
@@ -160,15 +159,11 @@ def measure(cell: Cell) -> dict[str, Any]:
         out.sum().backward()
         return out.detach()
 
-    def start_anew() -> None:
-        x.grad = bank.A.grad = bank.B.grad = None
-        dist.barrier(group=mesh.expert_group)
-
     even = cell.experts % mesh.expert_parallel == 0
     sent = {}
     results = {}
     for way in (*ways, *(["plain"] if even else [])):
-        start_anew()
+        x.grad = bank.A.grad = bank.B.grad = None
         with count_traffic() as traffic:
             out = step(way)
         sent[way] = sum(traffic.sent.values())
@@ -181,7 +176,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     names = ["all_to_all", "gather", "auto", *(["plain"] if even else []), "all_to_all ", "gather ", "auto "]
     variants: dict[str, Callable[[], Any]] = {name: partial(step, name.strip()) for name in names}
     variants["floor"] = gather_floor(x, route, RANK, mesh, placement)
-    seconds = interleave(variants, ROUNDS[cell.tokens], start_anew)
+    seconds = interleave(variants, ROUNDS[cell.tokens], lambda: dist.barrier(group=mesh.expert_group))
     chosen = max(ways["auto"].chosen, key=lambda way: ways["auto"].chosen[way])
     experts = route.expert_ids.unique()
     return {"seconds": seconds, "sent": sent, "chosen": chosen, "fetched": len(experts)}

@@ -43,7 +43,6 @@ def gather_floor(
     plan = plan_rows(Route(torch.searchsorted(used, route.expert_ids), route.weights), count)
 
     def step() -> None:
-        bank.A.grad = bank.B.grad = None
         dist.all_gather(everyone, numbers, group=mesh.expert_group)
         dist.all_to_all_single(arriving, leaving, receive, send, group=mesh.expert_group)
         rows = row_outputs(x_Td, bank, plan, plan.token)
