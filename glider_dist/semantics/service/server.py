@@ -23,6 +23,7 @@ from typing import Any
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.model.cache import cache_dir
+from glider_dist.parallel.stopping import SIGNALS
 from glider_dist.semantics.cache_file import CacheFile
 from glider_dist.semantics.embedder import Embedder, batch_tokens
 from glider_dist.semantics.service.access import PARENT, TOKEN, in_url, is_loopback, read_token
@@ -100,11 +101,10 @@ def run(cfg: Config) -> int:
         )
     )
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    # uvicorn drains and then raises the signal again for the handler that was there before it.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        # A scheduler sends them to the whole job; what they mean, the ranks know.
-        signal.signal(number, signal.SIG_IGN)
+    # On SIGTERM uvicorn drains and then raises it again for the handler that was there before it. A scheduler sends
+    # the others to the whole job; what they mean, the ranks know. No SIG_IGN, which programs started here inherit.
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
     with _listen(settings.host, settings.port) as listener:
         address = f"http://{in_url(settings.host)}:{listener.getsockname()[1]}"
         if parent := os.environ.get(PARENT):
