@@ -101,8 +101,8 @@ def run(cfg: Config) -> int:
         )
     )
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    # On SIGTERM uvicorn drains and then raises it again for the handler that was there before it. A scheduler sends
-    # the others to the whole job; what they mean, the ranks know. No SIG_IGN, which programs started here inherit.
+    # On SIGTERM uvicorn drains and then raises it again for the handler that was there before it. The others a
+    # scheduler sends to the whole job; what they mean, the ranks know. No SIG_IGN, which child processes inherit.
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     with _listen(settings.host, settings.port) as listener:
