@@ -110,6 +110,7 @@ def test_one_process_makes_new_versions_calibrates_them_and_does_nothing_twice(j
     assert snapshot(job.path) == there
 
 
+@pytest.mark.slow
 def test_a_calibration_that_is_not_made_again_is_called_stale(job: Job):
     job.run("calibrate")
     job.run("train-joint", joint__recalibrate=False)
@@ -148,6 +149,7 @@ def answers(run: Path) -> dict[str, list[list[str]]]:
     return {name: [[q["id"], q["prediction"]] for q in row["result"]["queries"]] for name, row in rows.items()}
 
 
+@pytest.mark.slow
 def test_gates_alone_or_chosen_experts_alone_change(job: Job):
     before = adapters(job.path)
     job.run("train-joint", joint__train="gates", joint__gate_learning_rate=0.05)

@@ -208,6 +208,7 @@ def test_all_ranks_of_an_evaluation_share_one_service_and_nothing_of_it_is_recor
     assert "http://127.0.0.1" not in recorded + shared.err + shared.out
 
 
+@pytest.mark.slow
 def test_a_service_killed_in_an_evaluation_loses_no_query_and_changes_no_result(job: Callable[..., list[str]]):
     folder: Path = job.folder  # type: ignore[attr-defined]
     before = services()
@@ -252,6 +253,7 @@ def test_an_index_made_with_the_service_is_the_same(job: Callable[..., list[str]
     assert float((after.embeddings - before.embeddings).abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_launcher_killed_with_its_ranks_leaves_no_service(job: Callable[..., list[str]]):
     folder: Path = job.folder  # type: ignore[attr-defined]
     before = services()

@@ -277,6 +277,7 @@ def test_a_new_task_trains_its_own_expert_only(apart: Job, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("replicas", "tolerance"), [("1", 0.0), ("null", 1e-3)])
+@pytest.mark.slow
 def test_more_ranks_than_tasks_train_the_same_experts(
     apart: Job, tmp_path: Path, replicas: str, tolerance: float
 ) -> None:
@@ -336,6 +337,7 @@ def test_gradient_checkpointing_changes_no_expert_and_no_gate(fresh: Job, apart:
     assert largest_difference(adapters(apart.pool), adapters(fresh.pool)) <= 1e-6
 
 
+@pytest.mark.slow
 def test_micro_batches_change_an_expert_by_rounding_only(fresh: Job, apart: Job) -> None:
     fresh.done("train-experts", train__micro_batch_size=1)
     fresh.done("train-gates", train__micro_batch_size=3)
@@ -343,6 +345,7 @@ def test_micro_batches_change_an_expert_by_rounding_only(fresh: Job, apart: Job)
     assert largest_difference(adapters(apart.pool), adapters(fresh.pool)) <= 1e-3
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_experts(fresh: Job, apart: Job) -> None:
     fresh.done("train-experts", tasks__held_in="[copy]", seed=1)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

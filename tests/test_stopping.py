@@ -224,6 +224,7 @@ def test_an_index_that_may_embed_two_experts_a_start_embeds_each_of_them_once(fo
     assert not (folder / "run" / "index.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_average_activations_of_one_expert_a_start_are_those_of_one_start(folder, base):
     found = []
     for name, limit in (("pool", 1e-9), ("other", 1e9)):
