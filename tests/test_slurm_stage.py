@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -157,13 +158,17 @@ def test_ranks_have_their_time_to_stop_from_the_notice_on_however_long_telling_t
         touch "$CALLS/started"
         while :; do /bin/sleep 0.1; done
     """)
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 30
-    while not (tmp_path / "calls/started").exists():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(signal.SIGUSR1)
-    process.wait(120)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        end = time.monotonic() + 30
+        while not (tmp_path / "calls/started").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        process.wait(120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     told, ranks = ((tmp_path / "calls" / name).stat().st_mtime for name in ("told", "ended"))
     assert ranks - told < 2, "STOP_SECONDS=3 were over when all had been told"
     assert (tmp_path / "calls/queued").exists()
