@@ -59,6 +59,9 @@ def locked(path: Path, what: str, advice: str) -> int:
                 raise GliderError(
                     f"{what} is being written by another job ({owner or 'which has just begun'}); {advice}"
                 ) from None
+            if error.errno == errno.ESTALE:  # NFS: its holder, on another node, has just deleted it
+                os.close(handle)
+                continue
             # A file system without locks: nothing can be told, so nothing is refused.
             log.debug("%s cannot be locked (%s)", path, error)
             return handle
@@ -85,5 +88,7 @@ def is_held(error: OSError) -> bool:
 def _same_file(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
         return False

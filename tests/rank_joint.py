@@ -339,15 +339,16 @@ def reference(case: Case, path: str) -> Found:
     return Found(state, losses, [0.0] * len(losses), norms)
 
 
-def train_past_the_range(case: Case, path: str) -> tuple[str, bool, int]:
-    """A step whose gradient is not finite although its loss is: the error, whether all stayed as it was, and the
-    number of the last step."""
+def train_past_the_range(case: Case, path: str, good: int) -> tuple[str, bool, int]:
+    """So many good steps and one whose gradient is not finite although its loss is: the error, whether all stayed
+    as it was, and the number of the last step."""
     with prepared(case, path) as (loop, trained, engine):
-        loop.step(rows_of(0, case.batch))
+        for step in range(good):
+            loop.step(rows_of(step, case.batch))
         before, backward = gather_state(engine, trained), engine.backward
         engine.backward = lambda loss, last: backward(loss * float("inf"), last)
         try:
-            loop.step(rows_of(1, case.batch))
+            loop.step(rows_of(good, case.batch))
         except GliderError as error:
             after = gather_state(engine, trained)
             same = all(

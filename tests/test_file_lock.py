@@ -65,6 +65,22 @@ def test_the_lock_of_another_node_is_waited_for_in_case_that_node_has_died(tmp_p
         locked(path, "this", "wait")
 
 
+def test_a_lock_that_another_node_deletes_while_it_is_taken_is_not_held_by_two(tmp_path, monkeypatch):
+    path, flock = tmp_path / "lock", fcntl.flock
+
+    def too_late(handle: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    handle = locked(path, "this", "wait")
+    with pytest.raises(GliderError, match="this is being written by another job"):
+        locked(path, "this", "wait")
+    unlock(handle, path)
+    assert not path.exists()
+
+
 def test_a_file_that_has_taken_the_place_of_the_lock_stays(tmp_path):
     path = tmp_path / "lock"
     handle = locked(path, "this", "wait")

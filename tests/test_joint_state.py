@@ -83,7 +83,17 @@ def check(local_ranks: Ranks, path: str, world: int, before: Case, other: int, a
 def test_a_gradient_that_is_not_finite_ends_the_training_and_changes_nothing(
     local_ranks: Ranks, path: str, case: Case
 ):
-    for message, same, step in local_ranks(2).run(train_past_the_range, case, path):
+    for message, same, step in local_ranks(2).run(train_past_the_range, case, path, 1):
         assert "the gradient is not finite in step 2; the pool is as it was" in message
         assert same
         assert step == 1
+
+
+def test_in_the_first_step_a_gradient_that_is_not_finite_is_not_taken_for_another_experts(
+    local_ranks: Ranks, path: str
+):
+    few = Case(2, 2, batch=1, router="phatgoose", clip=1.0)
+    for message, same, step in local_ranks(2).run(train_past_the_range, few, path, 0):
+        assert "the gradient is not finite in step 1; the pool is as it was" in message
+        assert same
+        assert step == 0

@@ -105,6 +105,12 @@ def test_of_many_processes_one_holds_a_lock_and_all_or_none_of_several(tmp_path)
             pass
     with contextlib.closing(hold_all(tmp_path, ["a", "b"])), pytest.raises(GliderError):
         hold_all(tmp_path, ["a"])
+
+
+def test_an_expert_that_is_named_twice_is_held_once(tmp_path):
+    (tmp_path / "experts").mkdir()
+    with hold_all(tmp_path, ["a", "a"]):
+        assert (tmp_path / "experts" / ".a.lock").exists()
     assert list((tmp_path / "experts").iterdir()) == []
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 
 from glider_dist.errors import GliderError
 from glider_dist.tracking.log_file import EarlyLog
-from glider_dist.tracking.progress import progress
+from glider_dist.tracking.progress import begin_at, progress
 from glider_dist.tracking.run import Run, check_run_dir, known_wandb_id
 
 CONFIG = {"seed": 3, "train": {"max_steps": 10, "learning_rate": 5e-3}, "tasks": ["a", "b"], "pool": None}
@@ -294,6 +295,16 @@ def test_progress_disabled_prints_nothing_and_passes_items_through(
     bar.update(1)
     bar.close()
     assert capsys.readouterr().err == ""
+
+
+def test_the_speed_of_a_resumed_job_is_that_of_this_start() -> None:
+    with progress(total=1000) as bar:
+        bar.mininterval = 0.0
+        begin_at(bar, 900)
+        time.sleep(0.1)
+        bar.update()
+        assert (bar.n, bar.initial) == (901, 900)
+        assert bar.format_dict["rate"] < 100
 
 
 def test_what_was_logged_before_the_run_directory_opened_is_in_its_log(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from glider_dist.errors import GliderError
-from glider_dist.pool.files import sha256, sync_file, sync_folder, write_json
+from glider_dist.pool.files import read_json, sha256, sync_file, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +108,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _read_hashes(record: Path) -> dict[str, list[int | str]]:
     try:
-        return dict(json.loads(record.read_text()))
-    except (OSError, ValueError):
+        return read_json(record)
+    except GliderError:
         return {}
 
 

@@ -96,7 +96,8 @@ def check_gradients(
     Raises:
         GliderError: naming expert and site.
     """
-    strays = ((norms_Se != 0) & (tokens_Se == 0)).nonzero().tolist()
+    # Where a gradient is NaN, products hand it to all experts: that is told for what it is, by the step's norm.
+    strays = ((norms_Se > 0) & (tokens_Se == 0)).nonzero().tolist()
     if strays:
         site, expert = strays[0]
         raise GliderError(

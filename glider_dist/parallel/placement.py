@@ -65,7 +65,7 @@ class Placement:
         if (self.ranks, self.kind) != (ranks, kind):
             return False
         path = Path(load or "")
-        return kind != "balanced" or not path.exists() or _sha256(load_of(path)) == self.load_sha256
+        return kind != "balanced" or not path.exists() or digest_of(load_of(path)) == self.load_sha256
 
     def save(self, path: Path) -> None:
         owned = {str(rank): [self.names[expert] for expert in self.owned(rank)] for rank in range(self.ranks)}
@@ -130,11 +130,7 @@ def place(names: Sequence[str], ranks: int, kind: str, load: str | None) -> Plac
     if kind != "balanced":
         return replace(contiguous(names, ranks), kind=kind)
     tokens = load_of(Path(load or ""))
-    return replace(balanced(names, ranks, tokens), kind=kind, load_sha256=_sha256(tokens))
-
-
-def _sha256(load: Mapping[str, float]) -> str:
-    return digest_of(load)
+    return replace(balanced(names, ranks, tokens), kind=kind, load_sha256=digest_of(tokens))
 
 
 def load_of(path: Path) -> dict[str, float]:

@@ -48,7 +48,7 @@ def hold_all(pool: Path, names: Sequence[str]) -> ExitStack:
             process may open.
     """
     with ExitStack() as stack:
-        for name in names:
+        for name in dict.fromkeys(names):
             stack.enter_context(_holding(*_of_expert(pool, name)))
         if names:
             clear_up(pool / "experts", set(names))

@@ -47,3 +47,8 @@ def progress(
         mininterval=0.2 if terminal else _LOG_SECONDS,
         dynamic_ncols=terminal,
     )
+
+
+def begin_at(bar: tqdm, done: int) -> None:
+    """Let a bar that nothing has moved yet go on from ``done``, which counts in no speed: it was done before."""
+    bar.initial = bar.n = bar.last_print_n = done

@@ -29,7 +29,7 @@ from glider_dist.pool.lock import hold_all
 from glider_dist.pool.names import check_name
 from glider_dist.pool.store import check_sites
 from glider_dist.tasks.task import Task
-from glider_dist.tracking.progress import progress
+from glider_dist.tracking.progress import begin_at, progress
 from glider_dist.training.batches import packing_for, slots_for
 from glider_dist.training.cotrain import CoTraining, Turn
 from glider_dist.training.prepare import SHARES, forget_done, note_shares, prepare, task_facts
@@ -215,8 +215,7 @@ def _train(
         nonlocal turns
         steps = sum(trainee.progress.step for trainee in mine)
         if not turns:
-            # What an earlier start has done took no time of this one.
-            bar.initial = bar.n = steps - len(turn.losses)
+            begin_at(bar, steps - len(turn.losses))
         turns += 1
         bar.update(steps - bar.n)
         job.run.progress(f"{kind} steps on rank 0", steps, int(bar.total or 0))

@@ -105,14 +105,14 @@ def _multitask(job: Job) -> None:
     if joint_multitask.check_pool(job):
         if job.ranks.is_main:
             log.info("the pool has the expert %r already", joint_multitask.NAME)
-        return
-    job.create_pool()
-    with job.ranks.together(lambda: _hold_pool(job)):
-        if not joint_multitask.check_pool(job):
-            result = train_multitask(job)
-            weights = result.weights[joint_multitask.NAME]
-            job.ranks.on_main(lambda: joint_multitask.store(job, weights, result.card))
-            job.ranks.on_main(lambda: forget(job))
+    else:
+        job.create_pool()
+        with job.ranks.together(lambda: _hold_pool(job)):
+            if not joint_multitask.check_pool(job):
+                result = train_multitask(job)
+                weights = result.weights[joint_multitask.NAME]
+                job.ranks.on_main(lambda: joint_multitask.store(job, weights, result.card))
+    job.ranks.on_main(lambda: forget(job))
 
 
 def _store(job: Job, pool: ExpertPool, result: Result, note: Callable[[], None]) -> None:

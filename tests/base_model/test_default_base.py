@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from base_models import saved, scratch_left_in, tiny_llama, use_only_this_packag
 
 from glider_dist.errors import GliderError
 from glider_dist.model.base import load_base
-from glider_dist.model.cache import build_once, weights_hash
+from glider_dist.model.cache import build_once, remembered_sha256, weights_hash
 from glider_dist.model.download import MEMBER, SHA256, smollm2_folder
 
 
@@ -89,6 +91,18 @@ def test_a_remembered_hash_saves_reading_the_file(tmp_path: Path, cache: Path) -
     assert weights_hash(folder) != before
     record.write_text("{half a fi")
     assert weights_hash(folder) == before
+
+
+def test_hashes_are_remembered_whatever_the_letters_of_a_path_and_the_locale(tmp_path: Path, cache: Path) -> None:
+    files = [tmp_path / name for name in ("modèle", "model")]
+    for file in files:
+        file.write_text(file.name)
+    remembered_sha256(files[0])
+    code = "import sys; from pathlib import Path; from glider_dist.model.cache import remembered_sha256 as hash\n"
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    program = [sys.executable, "-c", f"{code}hash(Path(sys.argv[1]))", str(files[1])]
+    subprocess.run(program, check=True, env={**os.environ, **ascii_locale})
+    assert set(json.loads((cache / "hashes.json").read_text(encoding="utf-8"))) == set(map(str, files))
 
 
 def test_an_unusable_cache_folder_stops_conversions_but_not_hashes(
