@@ -191,7 +191,9 @@ def _keep_memory() -> None:
     try:
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
+        # glibc before 2.35 refuses more than 32 MiB.
+        if not libc.mallopt(mmap_threshold, 1 << 30):
+            libc.mallopt(mmap_threshold, 1 << 25)
+        libc.mallopt(trim_threshold, -1)  # never
     except (OSError, AttributeError):
         log.debug("mallopt is not available; memory is returned to the system as usual")
