@@ -107,6 +107,22 @@ def test_ranks_that_a_signal_ends_while_they_load_are_queued_again(tmp_path: Pat
     assert ended(tmp_path, step, ranks).queued
 
 
+@pytest.mark.parametrize("step", [1, 2, 137, 139])
+def test_a_killed_rank_is_a_crash_though_another_has_left_to_go_on_later(tmp_path: Path, step: int) -> None:
+    # srun tells the others to end, and one that has just started leaves with 85.
+    end = ended(tmp_path, step, "0:85")
+    assert (end.code, end.queued) == (1 if step == 2 else step, False)
+
+
+def test_a_program_that_srun_does_not_find_is_no_mistake_and_has_its_node_looked_at(tmp_path: Path) -> None:
+    end = ended(tmp_path, 2, CHECK="false")
+    assert (end.queued, end.excluded) == (True, ["n1"])
+
+
+def test_a_mistake_that_is_seen_late_is_a_mistake(tmp_path: Path) -> None:
+    assert ended(tmp_path, 2, LATE="1:2").code == 2
+
+
 @pytest.mark.parametrize(("step", "ranks"), [(143, "0:1"), (143, "0:2"), (137, ""), (1, ""), (0, "0:0")])
 def test_a_crash_or_a_mistake_is_not_queued_again(tmp_path: Path, step: int, ranks: str) -> None:
     end = ended(tmp_path, step, ranks)
