@@ -156,14 +156,30 @@ def test_a_job_asks_the_cluster_it_runs_on_whatever_the_submitting_shell_named(t
     assert ended(tmp_path, 0, "0:85 1:85", SLURM_CLUSTERS="near,far").queued
 
 
+def rank_ended(folder: Path, **modules: str) -> int:
+    """The exit code of rank 1 with these modules as glider_dist; its files go to ``folder``."""
+    (folder / "glider_dist").mkdir()
+    for name, text in {"__init__": "", **modules}.items():
+        (folder / f"glider_dist/{name}.py").write_text(text)
+    env = {**os.environ, "PYTHONPATH": str(folder), "SLURM_PROCID": "1", "SLURMD_NODENAME": "n1"}
+    command = [sys.executable, str(SLURM / "rank.py"), str(folder), "evaluate"]
+    return subprocess.run(command, env=env, capture_output=True, check=False).returncode
+
+
 def test_a_rank_whose_package_cannot_be_imported_says_that_it_crashed(tmp_path: Path) -> None:
-    package = tmp_path / "glider_dist"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise OSError('no such device')\n")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "SLURM_PROCID": "1", "SLURMD_NODENAME": "n1"}
-    command = [sys.executable, str(SLURM / "rank.py"), str(tmp_path), "evaluate"]
-    assert subprocess.run(command, env=env, capture_output=True, check=False).returncode == 1
+    assert rank_ended(tmp_path, __init__="raise OSError('no such device')\n") == 1
     assert (tmp_path / "exit-1").read_text() == "1\n"
+
+
+def test_a_rank_that_fills_the_disk_leaves_no_empty_word_of_how_it_ended(tmp_path: Path) -> None:
+    fills = """
+import resource
+def main(words):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    return 85
+"""
+    assert rank_ended(tmp_path, cli=fills) == 1
+    assert not list(tmp_path.glob("exit-*"))
 
 
 def test_ranks_have_their_time_to_stop_from_the_notice_on_however_long_telling_them_takes(tmp_path: Path) -> None:
