@@ -182,6 +182,22 @@ def main(words):
     assert not list(tmp_path.glob("exit-*"))
 
 
+def test_ranks_that_end_while_they_are_told_to_stop_have_ended_as_they_say(tmp_path: Path) -> None:
+    # All was done, and rank 1's word comes late; the signal is not how the step ended.
+    command, env = prepared(tmp_path, 0, "0:0", LATE="1:0")
+    stub = tmp_path / "stubs/srun"
+    stub.write_text(f"""#!/bin/bash
+        case "$*" in *--overlap*) touch "$CALLS/told"; /bin/sleep 1; exit ;; esac
+        /bin/sleep 1
+        kill -USR1 "$PPID"
+        until [ -e "$CALLS/told" ]; do /bin/sleep 0.05; done
+        {_STUBS["srun"]}
+    """)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert "asked to stop" in done.stdout
+    assert (done.returncode, (tmp_path / "calls/queued").exists()) == (0, False)
+
+
 def test_ranks_have_their_time_to_stop_from_the_notice_on_however_long_telling_them_takes(tmp_path: Path) -> None:
     command, env = prepared(tmp_path, 0)
     (tmp_path / "stubs/srun").write_text("""#!/bin/bash
