@@ -23,10 +23,11 @@ _STUBS = {
         for item in $RANKS; do echo "${item#*:}" > "$ATTEMPT/exit-${item%:*}"; done
         exit "$STEP"
     """,
-    # The first SQUEUE_FAILS or SCONTROL_FAILS calls fail.
+    # The first STATE_FAILS or SCONTROL_FAILS calls fail. SQUEUE_STATES filters, as in the real one.
     "squeue": """
+        [ -z "$SQUEUE_STATES" ] || exit 0
         echo >> "$CALLS/squeue"
-        [ "$(wc -l < "$CALLS/squeue")" -gt "$SQUEUE_FAILS" ] || exit 1
+        [ "$(wc -l < "$CALLS/squeue")" -gt "$STATE_FAILS" ] || exit 1
         [ -z "$SLURM_CLUSTERS" ] || echo "CLUSTER: $SLURM_CLUSTERS"
         echo "$STATE"
     """,
@@ -63,7 +64,7 @@ def prepared(folder: Path, step: int, ranks: str = "", **changes: object) -> tup
         "SLURM_JOB_ID": 77, "SLURM_JOB_NUM_NODES": 1, "SLURM_NTASKS": 2, "SLURM_JOB_NODELIST": "n1",
         "GLIDER_SCRIPTS": SLURM, "GLIDER_SITE": folder / "site.env", "PATH": f"{stubs}:{os.environ['PATH']}",
         "ATTEMPT": folder / "run/slurm/77/attempt-0", "CALLS": calls, "STEP": step, "RANKS": ranks,
-        "STATE": "RUNNING", "SQUEUE_FAILS": 0, "SCONTROL_FAILS": 0, "CHECK": "true", "LATE": "", **changes,
+        "STATE": "RUNNING", "STATE_FAILS": 0, "SCONTROL_FAILS": 0, "CHECK": "true", "LATE": "", **changes,
     }  # fmt: skip
     command = ["bash", str(SLURM / "stage.sbatch"), "evaluate", f"run_dir={folder / 'run'}"]
     return command, {**os.environ, **{key: str(value) for key, value in values.items()}}
@@ -80,7 +81,7 @@ def ended(folder: Path, step: int, ranks: str = "", **changes: object) -> Ended:
 
 
 @pytest.mark.parametrize(
-    "failing", [{"SQUEUE_FAILS": 2}, {"SQUEUE_FAILS": 1000}, {"SCONTROL_FAILS": 1}, {"SCONTROL_FAILS": 5}]
+    "failing", [{"STATE_FAILS": 2}, {"STATE_FAILS": 1000}, {"SCONTROL_FAILS": 1}, {"SCONTROL_FAILS": 5}]
 )
 def test_a_job_is_queued_again_though_slurm_fails_to_answer_at_first(
     tmp_path: Path, failing: dict[str, int]
@@ -90,7 +91,7 @@ def test_a_job_is_queued_again_though_slurm_fails_to_answer_at_first(
 
 @pytest.mark.parametrize("fails", [0, 2])
 def test_a_cancelled_job_is_not_queued_again_and_says_so(tmp_path: Path, fails: int) -> None:
-    end = ended(tmp_path, 0, "0:85 1:85", STATE="COMPLETING", SQUEUE_FAILS=fails)
+    end = ended(tmp_path, 0, "0:85 1:85", STATE="COMPLETING", STATE_FAILS=fails)
     assert (end.code, end.queued) == (85, False)
     assert "Slurm has it as COMPLETING" in end.last
 
@@ -169,6 +170,11 @@ def rank_ended(folder: Path, **modules: str) -> int:
 def test_a_rank_whose_package_cannot_be_imported_says_that_it_crashed(tmp_path: Path) -> None:
     assert rank_ended(tmp_path, __init__="raise OSError('no such device')\n") == 1
     assert (tmp_path / "exit-1").read_text() == "1\n"
+
+
+def test_a_cancelled_job_stays_ended_whatever_the_submitting_shell_filters_by(tmp_path: Path) -> None:
+    end = ended(tmp_path, 0, "0:85 1:85", STATE="COMPLETING", SQUEUE_STATES="PENDING,RUNNING")
+    assert (end.code, end.queued) == (85, False)
 
 
 def test_a_rank_that_fills_the_disk_leaves_no_empty_word_of_how_it_ended(tmp_path: Path) -> None:
