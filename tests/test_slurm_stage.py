@@ -181,7 +181,7 @@ def test_the_first_of_very_many_nodes_is_found(tmp_path: Path) -> None:
     command, env = prepared(tmp_path, 0, "0:0 1:0", GLIDER_LAUNCHER="deepspeed", SLURM_NTASKS_PER_NODE=1)
     stubs = tmp_path / "stubs"
     (stubs / "scontrol").write_text("#!/bin/bash\nseq -f n%g 100000\n")
-    (stubs / "python3").write_text(f"#!/bin/bash\necho \"$*\" > {tmp_path}/started\n{_STUBS['srun']}")
+    (stubs / "python3").write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/started\n{_STUBS["srun"]}')
     (stubs / "python3").chmod(0o755)
     assert subprocess.run(command, env=env, check=False, timeout=60).returncode == 0
     assert "--master_addr n1 " in (tmp_path / "started").read_text()
