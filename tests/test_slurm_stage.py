@@ -200,6 +200,14 @@ def main(words):
     assert not list(tmp_path.glob("exit-*"))
 
 
+def test_a_job_whose_time_is_over_while_its_service_starts_is_queued_again_at_once(tmp_path: Path) -> None:
+    command, env = prepared(tmp_path, 0, GLIDER_SERVICE="yes")
+    (tmp_path / "stubs/srun").write_text("#!/bin/bash\nkill -USR1 $PPID; exec /bin/sleep 20\n")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert "did not start" not in done.stdout
+    assert (done.returncode, (tmp_path / "calls/queued").exists()) == (85, True)
+
+
 def test_ranks_that_end_while_they_are_told_to_stop_have_ended_as_they_say(tmp_path: Path) -> None:
     # All was done, and rank 1's word comes late; the signal is not how the step ended.
     command, env = prepared(tmp_path, 0, "0:0", LATE="1:0")
