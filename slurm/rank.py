@@ -15,9 +15,15 @@ from pathlib import Path
 AGAIN = 85
 
 
+def leave(folder: Path, name: str, number: int) -> None:
+    # On a full disk an empty file would stay, which tells nothing.
+    (folder / f".{name}").write_text(f"{number}\n")
+    (folder / f".{name}").replace(folder / name)
+
+
 def run(folder: Path, words: list[str]) -> int:
     rank = os.environ["SLURM_PROCID"]
-    (folder / f"pid-{os.environ['SLURMD_NODENAME']}-{rank}").write_text(f"{os.getpid()}\n")
+    leave(folder, f"pid-{os.environ['SLURMD_NODENAME']}-{rank}", os.getpid())
     try:
         from glider_dist.cli import main
 
@@ -25,9 +31,9 @@ def run(folder: Path, words: list[str]) -> int:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException:
-        (folder / f"exit-{rank}").write_text("1\n")
+        leave(folder, f"exit-{rank}", 1)
         raise
-    (folder / f"exit-{rank}").write_text(f"{code}\n")
+    leave(folder, f"exit-{rank}", code)
     return 0 if code == AGAIN else code
 
 

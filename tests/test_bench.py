@@ -11,7 +11,7 @@ from refusals import one_sentence
 from safetensors.torch import load_file
 from small_jobs import command, describe_and_index, settings, snapshot, write_tasks
 
-from glider_dist.bench import arrow, without_gates
+from glider_dist.bench import arrow, dispatch, without_gates
 from glider_dist.bench.without_gates import randomised
 from glider_dist.cli import run_stage
 from glider_dist.errors import GliderError
@@ -87,6 +87,8 @@ def test_random_weights_keep_size_and_follow_from_the_seed() -> None:
         ("train batches rows=2", "takes run_dir=, not rows="),
         ("train job.yaml", "bench train takes no configuration file (job.yaml)"),
         ("train --ranks 2", "--ranks belongs to bench dispatch and bench joint, not to bench train"),
+        ("dispatch --ranks 1", "bench dispatch compares ranks, and one has nothing to exchange"),
+        ("joint --ranks 1", "bench joint compares ranks, and one has nothing to exchange"),
         (
             "train batches --dry-run",
             "--dry-run belongs to stages that plan knows",
@@ -101,6 +103,19 @@ def test_what_no_measurement_takes_is_refused_before_anything_runs(
     monkeypatch.chdir(tmp_path)
     assert told in one_sentence(command("bench", *words.split()))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.jobs
+def test_exchanges_of_ranks_that_do_not_divide_the_experts_are_measured_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "EXPERTS", (8,))
+    monkeypatch.setattr(dispatch, "WORKLOADS", ("uniform",))
+    dispatch.run(tmp_path, 3, "1")
+    found = json.loads((tmp_path / "bench_dispatch.json").read_text())
+    assert [row["experts"] for row in found["rows"]] == [8]
+    assert found["deepspeed_moe"] == []  # DeepSpeed's layer wants as many experts on every rank
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from small_jobs import command, settings, write_tasks
 
 from glider_dist.errors import GliderError
 from glider_dist.parallel.launch import adopt_slurm, first_host, port_of, tasks_per_node
+from glider_dist.planning.slurm_script import Site
 from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -262,6 +263,12 @@ def test_a_site_file_that_is_no_bash_or_lacks_a_setting_is_refused(job: Path) ->
         done = command("slurm", "render", f"site={job / 'site.env'}", *settings(job, base=job / "base"))
         assert done.code == 2
         assert sentence in done.errors[0]
+
+
+def test_what_a_site_file_prints_is_no_setting(tmp_path: Path) -> None:
+    text = (REPOSITORY / "slurm/site.env").read_text()
+    (tmp_path / "site.env").write_text(f"echo loading modules\n{text}PARTITION=gpu\n")
+    assert Site.read(tmp_path / "site.env").values["PARTITION"] == "gpu"
 
 
 def test_words_reach_the_stage_as_they_were_typed(job: Path) -> None:

@@ -23,10 +23,11 @@ _STUBS = {
         for item in $RANKS; do echo "${item#*:}" > "$ATTEMPT/exit-${item%:*}"; done
         exit "$STEP"
     """,
-    # The first SQUEUE_FAILS or SCONTROL_FAILS calls fail.
+    # The first STATE_FAILS or SCONTROL_FAILS calls fail. SQUEUE_STATES filters, as in the real one.
     "squeue": """
+        [ -z "$SQUEUE_STATES" ] || exit 0
         echo >> "$CALLS/squeue"
-        [ "$(wc -l < "$CALLS/squeue")" -gt "$SQUEUE_FAILS" ] || exit 1
+        [ "$(wc -l < "$CALLS/squeue")" -gt "$STATE_FAILS" ] || exit 1
         [ -z "$SLURM_CLUSTERS" ] || echo "CLUSTER: $SLURM_CLUSTERS"
         echo "$STATE"
     """,
@@ -63,7 +64,7 @@ def prepared(folder: Path, step: int, ranks: str = "", **changes: object) -> tup
         "SLURM_JOB_ID": 77, "SLURM_JOB_NUM_NODES": 1, "SLURM_NTASKS": 2, "SLURM_JOB_NODELIST": "n1",
         "GLIDER_SCRIPTS": SLURM, "GLIDER_SITE": folder / "site.env", "PATH": f"{stubs}:{os.environ['PATH']}",
         "ATTEMPT": folder / "run/slurm/77/attempt-0", "CALLS": calls, "STEP": step, "RANKS": ranks,
-        "STATE": "RUNNING", "SQUEUE_FAILS": 0, "SCONTROL_FAILS": 0, "CHECK": "true", "LATE": "", **changes,
+        "STATE": "RUNNING", "STATE_FAILS": 0, "SCONTROL_FAILS": 0, "CHECK": "true", "LATE": "", **changes,
     }  # fmt: skip
     command = ["bash", str(SLURM / "stage.sbatch"), "evaluate", f"run_dir={folder / 'run'}"]
     return command, {**os.environ, **{key: str(value) for key, value in values.items()}}
@@ -80,7 +81,7 @@ def ended(folder: Path, step: int, ranks: str = "", **changes: object) -> Ended:
 
 
 @pytest.mark.parametrize(
-    "failing", [{"SQUEUE_FAILS": 2}, {"SQUEUE_FAILS": 1000}, {"SCONTROL_FAILS": 1}, {"SCONTROL_FAILS": 5}]
+    "failing", [{"STATE_FAILS": 2}, {"STATE_FAILS": 1000}, {"SCONTROL_FAILS": 1}, {"SCONTROL_FAILS": 5}]
 )
 def test_a_job_is_queued_again_though_slurm_fails_to_answer_at_first(
     tmp_path: Path, failing: dict[str, int]
@@ -90,7 +91,7 @@ def test_a_job_is_queued_again_though_slurm_fails_to_answer_at_first(
 
 @pytest.mark.parametrize("fails", [0, 2])
 def test_a_cancelled_job_is_not_queued_again_and_says_so(tmp_path: Path, fails: int) -> None:
-    end = ended(tmp_path, 0, "0:85 1:85", STATE="COMPLETING", SQUEUE_FAILS=fails)
+    end = ended(tmp_path, 0, "0:85 1:85", STATE="COMPLETING", STATE_FAILS=fails)
     assert (end.code, end.queued) == (85, False)
     assert "Slurm has it as COMPLETING" in end.last
 
@@ -105,6 +106,22 @@ def test_a_job_that_cannot_be_queued_again_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranks", ["", "0:85", "0:0"])
 def test_ranks_that_a_signal_ends_while_they_load_are_queued_again(tmp_path: Path, step: int, ranks: str) -> None:
     assert ended(tmp_path, step, ranks).queued
+
+
+@pytest.mark.parametrize("step", [1, 2, 137, 139])
+def test_a_killed_rank_is_a_crash_though_another_has_left_to_go_on_later(tmp_path: Path, step: int) -> None:
+    # srun tells the others to end, and one that has just started leaves with 85.
+    end = ended(tmp_path, step, "0:85")
+    assert (end.code, end.queued) == (1 if step == 2 else step, False)
+
+
+def test_a_program_that_srun_does_not_find_is_no_mistake_and_has_its_node_looked_at(tmp_path: Path) -> None:
+    end = ended(tmp_path, 2, CHECK="false")
+    assert (end.queued, end.excluded) == (True, ["n1"])
+
+
+def test_a_mistake_that_is_seen_late_is_a_mistake(tmp_path: Path) -> None:
+    assert ended(tmp_path, 2, LATE="1:2").code == 2
 
 
 @pytest.mark.parametrize(("step", "ranks"), [(143, "0:1"), (143, "0:2"), (137, ""), (1, ""), (0, "0:0")])
@@ -140,14 +157,71 @@ def test_a_job_asks_the_cluster_it_runs_on_whatever_the_submitting_shell_named(t
     assert ended(tmp_path, 0, "0:85 1:85", SLURM_CLUSTERS="near,far").queued
 
 
+def rank_ended(folder: Path, **modules: str) -> int:
+    """The exit code of rank 1 with these modules as glider_dist; its files go to ``folder``."""
+    (folder / "glider_dist").mkdir()
+    for name, text in {"__init__": "", **modules}.items():
+        (folder / f"glider_dist/{name}.py").write_text(text)
+    env = {**os.environ, "PYTHONPATH": str(folder), "SLURM_PROCID": "1", "SLURMD_NODENAME": "n1"}
+    command = [sys.executable, str(SLURM / "rank.py"), str(folder), "evaluate"]
+    return subprocess.run(command, env=env, capture_output=True, check=False).returncode
+
+
 def test_a_rank_whose_package_cannot_be_imported_says_that_it_crashed(tmp_path: Path) -> None:
-    package = tmp_path / "glider_dist"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise OSError('no such device')\n")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path), "SLURM_PROCID": "1", "SLURMD_NODENAME": "n1"}
-    command = [sys.executable, str(SLURM / "rank.py"), str(tmp_path), "evaluate"]
-    assert subprocess.run(command, env=env, capture_output=True, check=False).returncode == 1
+    assert rank_ended(tmp_path, __init__="raise OSError('no such device')\n") == 1
     assert (tmp_path / "exit-1").read_text() == "1\n"
+
+
+def test_a_cancelled_job_stays_ended_whatever_the_submitting_shell_filters_by(tmp_path: Path) -> None:
+    end = ended(tmp_path, 0, "0:85 1:85", STATE="COMPLETING", SQUEUE_STATES="PENDING,RUNNING")
+    assert (end.code, end.queued) == (85, False)
+
+
+def test_the_first_of_very_many_nodes_is_found(tmp_path: Path) -> None:
+    command, env = prepared(tmp_path, 0, "0:0 1:0", GLIDER_LAUNCHER="deepspeed", SLURM_NTASKS_PER_NODE=1)
+    stubs = tmp_path / "stubs"
+    (stubs / "scontrol").write_text("#!/bin/bash\nseq -f n%g 20000\n")
+    (stubs / "python3").write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/started\n{_STUBS["srun"]}')
+    (stubs / "python3").chmod(0o755)
+    assert subprocess.run(command, env=env, check=False, timeout=60).returncode == 0
+    assert "--master_addr n1 " in (tmp_path / "started").read_text()
+    hosts = (tmp_path / "run/slurm/77/attempt-0/hosts").read_text().splitlines()
+    assert (hosts[0], hosts[-1], len(hosts)) == ("n1 slots=1", "n20000 slots=1", 20_000)
+
+
+def test_a_rank_that_fills_the_disk_leaves_no_empty_word_of_how_it_ended(tmp_path: Path) -> None:
+    fills = """
+import resource
+def main(words):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    return 85
+"""
+    assert rank_ended(tmp_path, cli=fills) == 1
+    assert not list(tmp_path.glob("exit-*"))
+
+
+def test_a_job_whose_time_is_over_while_its_service_starts_is_queued_again_at_once(tmp_path: Path) -> None:
+    command, env = prepared(tmp_path, 0, GLIDER_SERVICE="yes")
+    (tmp_path / "stubs/srun").write_text("#!/bin/bash\nkill -USR1 $PPID; exec /bin/sleep 20\n")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert "did not start" not in done.stdout
+    assert (done.returncode, (tmp_path / "calls/queued").exists()) == (85, True)
+
+
+def test_ranks_that_end_while_they_are_told_to_stop_have_ended_as_they_say(tmp_path: Path) -> None:
+    # All was done, and rank 1's word comes late; the signal is not how the step ended.
+    command, env = prepared(tmp_path, 0, "0:0", LATE="1:0")
+    stub = tmp_path / "stubs/srun"
+    stub.write_text(f"""#!/bin/bash
+        case "$*" in *--overlap*) touch "$CALLS/told"; /bin/sleep 1; exit ;; esac
+        /bin/sleep 1
+        kill -USR1 "$PPID"
+        until [ -e "$CALLS/told" ]; do /bin/sleep 0.05; done
+        {_STUBS["srun"]}
+    """)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert "asked to stop" in done.stdout
+    assert (done.returncode, (tmp_path / "calls/queued").exists()) == (0, False)
 
 
 def test_ranks_have_their_time_to_stop_from_the_notice_on_however_long_telling_them_takes(tmp_path: Path) -> None:

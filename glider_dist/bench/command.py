@@ -44,6 +44,9 @@ def run(arguments: Arguments) -> int:
         raise GliderError(f"bench {what} takes no more words, not {words[0]!r}")
     if arguments.ranks and what not in ("dispatch", "joint"):
         raise GliderError(f"--ranks belongs to bench dispatch and bench joint, not to bench {what}")
+    ranks = arguments.ranks or 2
+    if ranks == 1:
+        raise GliderError(f"bench {what} compares ranks, and one has nothing to exchange; add --ranks 2")
     if what in _STAGES:
         from glider_dist.cli import run_stage
         from glider_dist.settings import read_config
@@ -57,9 +60,9 @@ def run(arguments: Arguments) -> int:
 
     if what == "dispatch":
         folder, more = _folder_and(arguments, "tokens")
-        dispatch.run(folder, arguments.ranks or 2, more.get("tokens"))
+        dispatch.run(folder, ranks, more.get("tokens"))
     elif what == "joint":
-        joint.run(_folder(arguments), arguments.ranks or 2)
+        joint.run(_folder(arguments), ranks)
     elif what == "embeddings":
         folder, more = _folder_and(arguments, "peer", "requests")
         requests = more.get("requests", "2000")

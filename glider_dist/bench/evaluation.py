@@ -1,7 +1,8 @@
 """``glider-dist bench evaluate``: what routing adds to the time of an evaluation.
 
 The same queries are answered by the base alone and by each router in turn, several times, in one process per
-rank; every answer has exactly ``evaluate.max_new_tokens`` tokens, so that all do the same number of steps.
+rank; every answer has exactly ``evaluate.max_new_tokens`` tokens, so that all do the same number of steps. Queries
+are embedded beforehand, which is not counted; ``evaluate`` does it beside the batches before.
 """
 
 from __future__ import annotations

@@ -14,16 +14,8 @@ are of medians.
 
 from __future__ import annotations
 
-import json
 import random
-import resource
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +23,12 @@ from typing import Any
 import torch
 
 from glider_dist.bench.timing import interleave, medians
-from glider_dist.bench.timing import table as table_of
 from glider_dist.config import TrainConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.base import load_base
 from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.engine import FrozenBase
-from glider_dist.model.sites import linear_sites, peft_targets
+from glider_dist.model.sites import linear_sites
 from glider_dist.parallel.ranks import Ranks, start_ranks
 from glider_dist.pool.files import write_json
 from glider_dist.training.batches import Packing, packing_for
@@ -49,20 +40,7 @@ from glider_dist.training.trainee import Recipe, Trainee
 BASE = "smollm2-135m"
 RANK, ALPHA, RATE, ANSWER, EXAMPLES = 16, 16, 1e-3, 4, 64
 ROUNDS, EXPERTS = 3, 16
-PEFT_RUNS = 3
 MIXED, ROW_LENGTHS = (1, 4, 16, 64), (16, 64)
-
-
-@dataclass(frozen=True)
-class Load:
-    """So many experts, each of so many steps of so many rows."""
-
-    experts: int
-    steps: int
-    batch: int
-
-
-LOADS = (Load(32, 20, 2), Load(8, 10, 16))
 PARTS = ("startup", "sharded", "mixing", "batches")
 """In the order in which they run: first what loads no base into this process."""
 
@@ -175,95 +153,6 @@ def batches(bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
-def one_job(load: Load) -> None:
-    """All of them in this process."""
-    bench = Bench(start_ranks())
-    mine = [trainee(str(index), load.steps, load.batch) for index in range(load.experts)]
-    _told(lambda: bench.train(mine, load.experts))
-
-
-def one_peft(load: Load, name: str, trainer: bool) -> None:
-    """One of them in this process, as PEFT's documentation does it: by hand, or with transformers' Trainer."""
-    from peft import LoraConfig, get_peft_model
-
-    ranks = start_ranks()
-    base = load_base(BASE, "auto", str(ranks.device))
-    targets = peft_targets(linear_sites(base.model), base.model)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(base.model, config)
-    collator, one = Collator(base, 512), trainee(name, load.steps, load.batch)
-
-    def inputs(items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        ids, mask = collator.pad_rows([item.prompt + item.answer for item in items], left=True)
-        labels = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < ids.shape[1] - ANSWER, -100)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-    def by_hand() -> None:
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-        for _ in range(load.steps):
-            model(**inputs(one.draw())).loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def by_trainer() -> None:
-        from transformers import Trainer, TrainingArguments
-
-        settings = TrainingArguments(
-            tempfile.mkdtemp(), max_steps=load.steps, per_device_train_batch_size=load.batch, learning_rate=RATE,
-            lr_scheduler_type="constant", weight_decay=0.0, save_strategy="no", logging_strategy="no",
-            report_to=[], disable_tqdm=True, remove_unused_columns=False, use_cpu=ranks.device.type == "cpu",
-            dataloader_pin_memory=False,
-        )  # fmt: skip
-        Trainer(model, settings, inputs, one.train).train()
-
-    _told(by_trainer if trainer else by_hand)
-
-
-def _told(work: Callable[[], Any]) -> None:
-    """Do it, and print its seconds and this process's peak memory for :func:`startup`."""
-    started = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
-
-
-def startup() -> list[dict[str, Any]]:
-    """Whole processes, timed from outside."""
-    return [{**asdict(load), **row} for load in LOADS for row in _startup(load)]
-
-
-def _startup(load: Load) -> list[dict[str, Any]]:
-    def process(*words: str) -> dict[str, float]:
-        started = time.perf_counter()
-        sizes = map(str, (load.experts, load.steps, load.batch))
-        command = [sys.executable, "-m", "glider_dist.bench.train", words[0], *sizes, *words[1:]]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        return {"whole": time.perf_counter() - started, **found}
-
-    def row(name: str, one: dict[str, float], times: int, ours: dict[str, float]) -> dict[str, Any]:
-        whole, seconds = times * one["whole"], times * one["seconds"]
-        return {
-            "way": name, "processes": times, "s": whole, "without start-up s": seconds, "peak MB": one["peak_mb"],
-            "times as long": whole / ours["whole"], "without start-up": seconds / ours["seconds"],
-        }  # fmt: skip
-
-    ours = process("one-job")
-    rows = [row("one process", ours, 1, ours)]
-    for name, word in (("PEFT by hand", "one-peft"), ("PEFT with the Trainer", "one-trainer")):
-        found = [process(word, str(index)) for index in range(PEFT_RUNS)]
-        one = {key: statistics.median(each[key] for each in found) for key in found[0]}
-        rows.append(row(name, one, load.experts, ours))
-    print(
-        f"\n{load.experts} experts of {load.steps} steps of {load.batch} rows, from the start of Python; "
-        f"{PEFT_RUNS} of PEFT's processes were run, their medians count {load.experts} times\n{table_of(rows)}",
-        flush=True,
-    )
-    return rows
-
-
 def run(folder: Path, parts: Sequence[str] = (), base: str = BASE) -> None:
     """Print the tables of ``parts``, or all, and write ``bench_train.json``.
 
@@ -281,7 +170,9 @@ def run(folder: Path, parts: Sequence[str] = (), base: str = BASE) -> None:
         if parts and part not in parts:
             continue
         if part == "startup":
-            found[part] = startup()
+            from glider_dist.bench import train_startup
+
+            found[part] = train_startup.run()
         elif part == "sharded":
             from glider_dist.bench import train_sharded
 
@@ -290,16 +181,3 @@ def run(folder: Path, parts: Sequence[str] = (), base: str = BASE) -> None:
             bench = bench or Bench(start_ranks(), base=base)
             found[part] = mixing(bench) if part == "mixing" else batches(bench)
     write_json(folder / "bench_train.json", {"bench": "train", "base": base, "rank": RANK, **found})
-
-
-def _process(kind: str, experts: str, steps: str, batch: str, name: str = "") -> None:
-    """One of the processes that :func:`startup` times."""
-    load = Load(int(experts), int(steps), int(batch))
-    if kind == "one-job":
-        one_job(load)
-    else:
-        one_peft(load, name, kind == "one-trainer")
-
-
-if __name__ == "__main__":
-    _process(*sys.argv[1:])

@@ -20,7 +20,7 @@ _VARIABLES = (
 )  # fmt: skip
 # The values, each ended by a zero byte, and then those of the arrays. Older site files have no FETCH_OPTIONS.
 _SHOW = (
-    'set -eu; . "$1"; shift; for name; do printf "%s\\0" "${!name}"; done; '
+    'set -eu; . "$1" > /dev/null; shift; for name; do printf "%s\\0" "${!name}"; done; '
     'printf "%s\\0" "${OPTIONS[@]}" -- "${FETCH_OPTIONS[@]-}"'
 )
 
