@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glider_dist.config import OFFLINE_DEFAULT
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool, Fingerprint, importing
 from glider_dist.pool.calibration import check_calibration
@@ -247,7 +248,6 @@ def _export(words: list[str], options: dict[str, str]) -> int:
 
 def _folder_of(base: str) -> str:
     """Where another program finds the base from any folder: it knows neither our short name nor our paths."""
-    from glider_dist.model.base import OFFLINE_DEFAULT
     from glider_dist.model.download import smollm2_folder
 
     if base == OFFLINE_DEFAULT:

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from glider_dist.config import OFFLINE_DEFAULT
 from glider_dist.errors import GliderError, first_line
 from glider_dist.model.cache import weights_hash
 from glider_dist.model.download import smollm2_folder
@@ -29,7 +30,6 @@ from glider_dist.model.gguf import gguf_folder
 from glider_dist.model.quantised import quantisation, use_plain_kernels
 from glider_dist.model.zero import loading_in_shards
 
-OFFLINE_DEFAULT = "smollm2-135m"
 TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
 
 

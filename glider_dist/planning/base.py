@@ -10,9 +10,9 @@ from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
-from glider_dist.config import Config
+from glider_dist.config import OFFLINE_DEFAULT, Config
 from glider_dist.errors import GliderError, first_line
-from glider_dist.model.base import OFFLINE_DEFAULT, BaseModel, tune
+from glider_dist.model.base import BaseModel, tune
 from glider_dist.model.download import smollm2_folder
 
 

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from glider_dist.config import OFFLINE_DEFAULT
 from glider_dist.errors import GliderError
 from glider_dist.pool.adapter import CARD_FILE, GATE_FILE, WEIGHTS_FILE, inspect_adapter, read_gate
 from glider_dist.pool.adapter_config import CONFIG_FILE
@@ -237,7 +238,6 @@ class ExpertPool:
 
 def _from_everywhere(base: str) -> str:
     """The absolute path of a folder or file; what is neither here, as it is."""
-    from glider_dist.model.base import OFFLINE_DEFAULT
-
     path = Path(base).expanduser()
-    return str(path.resolve()) if base != OFFLINE_DEFAULT and path.exists() else base
+    # Not resolved: the hub's cache links NAME.gguf to a file without a suffix.
+    return str(path.absolute()) if base != OFFLINE_DEFAULT and path.exists() else base
