@@ -155,7 +155,8 @@ def _passed(verdicts: list[importing.Verdict]) -> list[importing.Verdict]:
 def _shapes_of(base: str) -> Fingerprint:
     from glider_dist.model.merge import base_shapes
 
-    if not base or (Path(base).is_dir() and not (Path(base) / "config.json").exists()):
+    folder = Path(base).expanduser()
+    if not base or (folder.is_dir() and not (folder / "config.json").exists()):
         raise GliderError(f"base={base} is no model: a folder with a config.json, or a hub id, is needed")
     return base_shapes(base)
 
