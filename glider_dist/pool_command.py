@@ -181,7 +181,8 @@ def _show(words: list[str], options: dict[str, str]) -> int:
 def _verify(words: list[str], options: dict[str, str]) -> int:
     _expect(words, "POOL")
     pool = ExpertPool.open(words[0])
-    problems = verify(pool) + _stale(pool)
+    # Both tell a broken card.
+    problems = list(dict.fromkeys(verify(pool) + _stale(pool)))
     for problem in problems:
         print(problem)
     if problems:
@@ -191,14 +192,14 @@ def _verify(words: list[str], options: dict[str, str]) -> int:
 
 
 def _stale(pool: ExpertPool) -> list[str]:
-    """What in ``router/`` is broken, or was made for other experts or descriptions."""
+    """What in ``router/`` is broken or was made for other experts or descriptions, or why that cannot be told."""
     from glider_dist.semantics.describe import descriptions_of
     from glider_dist.semantics.index import FILE, load_index
 
     try:
         descriptions = descriptions_of(pool)
-    except GliderError:  # a broken card is told already
-        return []
+    except GliderError as error:
+        return [str(error)]
     index = pool.router_dir / FILE
     problems = []
     for works in (

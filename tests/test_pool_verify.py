@@ -105,6 +105,7 @@ def test_every_file_that_a_card_has_a_hash_of_is_checked(pool: ExpertPool) -> No
     [
         ("[]", "must hold a JSON object, not []"),
         ('{"files": [1]}', "is no card of an expert"),
+        ('{"files": null}', "is no card of an expert"),
         ('{"summary": "large"}', "is no card of an expert"),
     ],
 )
@@ -116,3 +117,10 @@ def test_a_card_that_is_none_is_one_sentence_everywhere(card: str, says: str, po
         outcome = command("pool", *words, str(pool.path), *(["a"] if words == ["show"] else []))
         assert outcome.code == 2
         assert says in outcome.errors[0]
+
+
+@pytest.mark.parametrize("descriptions", ["One sentence.", ["One.", ""], [1]])
+def test_descriptions_that_no_index_can_take_are_told(descriptions: Any, pool: ExpertPool) -> None:
+    pool.expert("a").update_card(descriptions=descriptions)
+    (line,) = problems(pool)
+    assert "are no list of sentences" in line
