@@ -19,7 +19,7 @@ from typing import Any
 
 from glider_dist.config import OFFLINE_DEFAULT
 from glider_dist.errors import GliderError
-from glider_dist.pool.adapter import CARD_FILE, GATE_FILE, WEIGHTS_FILE, inspect_adapter, read_gate
+from glider_dist.pool.adapter import CARD_FILE, EXPERT_FILES, GATE_FILE, WEIGHTS_FILE, inspect_adapter, read_gate
 from glider_dist.pool.adapter_config import CONFIG_FILE
 from glider_dist.pool.expert import Expert
 from glider_dist.pool.files import (
@@ -177,11 +177,7 @@ class ExpertPool:
         with replacing_folder(target, replace) as folder:
             fill(folder)
             summary = inspect_adapter(folder).summary()
-            files = {
-                file: sha256(folder / file)
-                for file in (CONFIG_FILE, WEIGHTS_FILE, GATE_FILE)
-                if (folder / file).exists()
-            }
+            files = {file: sha256(folder / file) for file in EXPERT_FILES if (folder / file).exists()}
             write_json(folder / CARD_FILE, {"name": name, **card, "files": files, "summary": summary})
         self.__dict__.pop("names", None)
         return Expert(target)
