@@ -20,6 +20,9 @@ from glider_dist.planning.slurm_settings import SlurmConfig
 from glider_dist.semantics.settings import DescribeConfig, ServiceConfig
 from glider_dist.training.joint_settings import JointConfig
 
+OFFLINE_DEFAULT = "smollm2-135m"
+"""The base that needs no network, whatever lies here under its name."""
+
 
 @dataclass
 class TasksConfig:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from glider_dist.config import Config, RouterConfig
+from glider_dist.config import OFFLINE_DEFAULT, Config, RouterConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.attach import attach_pool
-from glider_dist.model.base import OFFLINE_DEFAULT, BaseModel, choose_dtype, load_base, prepare_base
+from glider_dist.model.base import BaseModel, choose_dtype, load_base, prepare_base
 from glider_dist.model.batch import Collator
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import fingerprint

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glider_dist.config import OFFLINE_DEFAULT
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool, Fingerprint, importing
 from glider_dist.pool.calibration import check_calibration
@@ -154,7 +155,8 @@ def _passed(verdicts: list[importing.Verdict]) -> list[importing.Verdict]:
 def _shapes_of(base: str) -> Fingerprint:
     from glider_dist.model.merge import base_shapes
 
-    if not base or (Path(base).is_dir() and not (Path(base) / "config.json").exists()):
+    folder = Path(base).expanduser()
+    if not base or (folder.is_dir() and not (folder / "config.json").exists()):
         raise GliderError(f"base={base} is no model: a folder with a config.json, or a hub id, is needed")
     return base_shapes(base)
 
@@ -179,7 +181,8 @@ def _show(words: list[str], options: dict[str, str]) -> int:
 def _verify(words: list[str], options: dict[str, str]) -> int:
     _expect(words, "POOL")
     pool = ExpertPool.open(words[0])
-    problems = verify(pool) + _stale(pool)
+    # Both tell a broken card.
+    problems = list(dict.fromkeys(verify(pool) + _stale(pool)))
     for problem in problems:
         print(problem)
     if problems:
@@ -189,14 +192,14 @@ def _verify(words: list[str], options: dict[str, str]) -> int:
 
 
 def _stale(pool: ExpertPool) -> list[str]:
-    """What in ``router/`` is broken, or was made for other experts or descriptions."""
+    """What in ``router/`` is broken or was made for other experts or descriptions, or why that cannot be told."""
     from glider_dist.semantics.describe import descriptions_of
     from glider_dist.semantics.index import FILE, load_index
 
     try:
         descriptions = descriptions_of(pool)
-    except GliderError:  # a broken card is told already
-        return []
+    except GliderError as error:
+        return [str(error)]
     index = pool.router_dir / FILE
     problems = []
     for works in (
@@ -247,7 +250,6 @@ def _export(words: list[str], options: dict[str, str]) -> int:
 
 def _folder_of(base: str) -> str:
     """Where another program finds the base from any folder: it knows neither our short name nor our paths."""
-    from glider_dist.model.base import OFFLINE_DEFAULT
     from glider_dist.model.download import smollm2_folder
 
     if base == OFFLINE_DEFAULT:

@@ -11,16 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from small_jobs import command, environment, free_port, kill, program, settings, write_tasks
 
+from glider_dist.config import Config
 from glider_dist.errors import EXIT_STOPPED, GliderError
 from glider_dist.pool import ExpertPool
 from glider_dist.semantics.chat import ChatModel, NoAnswer, parse_descriptions, prompt_template
 from glider_dist.semantics.chat_descriptions import QueryDescriber, sampled_examples
+from glider_dist.semantics.global_router import query_settings
 from glider_dist.semantics.settings import DescribeConfig
 from glider_dist.tasks.jsonl import read_tasks
 from glider_dist.testing import random_pool, tiny_causal
@@ -273,6 +276,19 @@ def test_a_query_is_described_once_and_stands_for_itself_after_the_time_out(endp
     endpoint.delay = 1.0
     assert late.describe(["a", "b", "a"]) == ["a", "b", "a"]
     assert late.plain == 2
+
+
+def test_scores_with_queries_described_by_another_model_are_other_scores(monkeypatch: pytest.MonkeyPatch):
+    def of(**describe: Any) -> dict[str, Any]:
+        return query_settings(SimpleNamespace(cfg=Config(describe=DescribeConfig(**describe))))  # type: ignore[arg-type]
+
+    monkeypatch.setenv("OPENAI_MODEL", "some-model")
+    default = of(queries="llm")
+    assert default == of(queries="llm", model="some-model", examples=9)
+    assert default != of(queries="llm", temperature=1.0)
+    monkeypatch.setenv("OPENAI_MODEL", "another-model")
+    assert default != of(queries="llm")
+    assert of() == of(model="some-model") == {}
 
 
 def test_no_model_or_no_endpoint_is_one_sentence(monkeypatch: pytest.MonkeyPatch):

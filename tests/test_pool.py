@@ -6,13 +6,15 @@ import hashlib
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from small_jobs import snapshot
+from small_jobs import environment, snapshot
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from glider_dist.config import RouterConfig
@@ -196,6 +198,20 @@ def test_a_base_that_is_a_folder_or_file_is_found_from_every_folder(
     assert pool.base == str(tmp_path / typed.removeprefix("~/"))
     assert ExpertPool.open("pool").base == pool.base
     assert (pool.fingerprint.model_type is not None) == typed.endswith("tiny")
+
+
+def test_a_base_that_is_a_link_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"GGUF")
+    (tmp_path / "model.gguf").symlink_to("blob")  # as in the hub's cache
+    assert ExpertPool.create(tmp_path / "pool", str(tmp_path / "model.gguf")).base.endswith("/model.gguf")
+
+
+def test_a_pool_is_made_without_a_model_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; from glider_dist.pool import ExpertPool; ExpertPool.create(sys.argv[1], 'somebody/model')\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "pool")], env=environment(), check=True)
 
 
 @pytest.mark.parametrize("name", ["somebody/model", "smollm2-135m"])

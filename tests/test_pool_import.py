@@ -262,3 +262,16 @@ def test_a_file_cut_off_anywhere_is_refused(length: int, tmp_path: Path) -> None
     (tmp_path / "x.safetensors").write_bytes(content[:length])
     with pytest.raises(gd.GliderError, match="cannot be read"):
         read_header(tmp_path / "x.safetensors")
+
+
+def test_a_base_below_the_home_folder_is_at_hand(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    adapter = save_adapter(tmp_path / "adapter", base)
+    outcome = command("pool", "import", str(tmp_path / "pool"), str(adapter), "base=~/base")
+    assert outcome.code == 0, outcome.err
+    assert ExpertPool.open(tmp_path / "pool").fingerprint.sites
+    (tmp_path / "empty").mkdir()
+    outcome = command("pool", "import", str(tmp_path / "other"), str(adapter), "base=~/empty")
+    assert "is no model" in outcome.errors[0]

@@ -13,7 +13,7 @@ from small_jobs import command, describe_and_index
 from glider_dist.model.stored import ACTIVATION_FILE, write_activations
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.adapter import CARD_FILE
-from glider_dist.pool.calibration import CALIBRATION_FILE, made_for
+from glider_dist.pool.calibration import CALIBRATION_FILE, made_for, read_calibration
 from glider_dist.semantics.index import FILE
 from glider_dist.testing import random_pool, tiny_causal
 
@@ -89,6 +89,19 @@ def test_a_calibration_made_with_another_index_or_none_is_named(pool: ExpertPool
     assert "embeddings.safetensors does not exist; run index" in missing
 
 
+def test_average_activations_leave_a_calibration_as_it_is(
+    pool: ExpertPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    calibrate(pool, {**GOOD, "made_for": made_for(pool, pool.router_dir / FILE)})
+    expert = pool.expert("a")
+    write_activations(expert, {site: torch.zeros(shape[1]) for site, shape in expert.shapes().items()}, "a test")
+    assert problems(pool) == []
+    assert read_calibration(pool, [])["threshold"] == 0.5
+    assert not caplog.records
+    expert.write_gate({site: torch.zeros(shape[1]) for site, shape in expert.shapes().items()})
+    assert "is stale: the pool's experts changed" in problems(pool)[0]
+
+
 def test_every_file_that_a_card_has_a_hash_of_is_checked(pool: ExpertPool) -> None:
     expert = pool.expert("a")
     write_activations(expert, {site: torch.zeros(shape[1]) for site, shape in expert.shapes().items()}, "a test")
@@ -105,6 +118,7 @@ def test_every_file_that_a_card_has_a_hash_of_is_checked(pool: ExpertPool) -> No
     [
         ("[]", "must hold a JSON object, not []"),
         ('{"files": [1]}', "is no card of an expert"),
+        ('{"files": null}', "is no card of an expert"),
         ('{"summary": "large"}', "is no card of an expert"),
     ],
 )
@@ -116,3 +130,10 @@ def test_a_card_that_is_none_is_one_sentence_everywhere(card: str, says: str, po
         outcome = command("pool", *words, str(pool.path), *(["a"] if words == ["show"] else []))
         assert outcome.code == 2
         assert says in outcome.errors[0]
+
+
+@pytest.mark.parametrize("descriptions", ["One sentence.", ["One.", ""], [1]])
+def test_descriptions_that_no_index_can_take_are_told(descriptions: Any, pool: ExpertPool) -> None:
+    pool.expert("a").update_card(descriptions=descriptions)
+    (line,) = problems(pool)
+    assert "are no list of sentences" in line

@@ -16,7 +16,7 @@ from small_jobs import command, free_port
 
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool
-from glider_dist.semantics.client import RemoteEmbedder
+from glider_dist.semantics.client import RemoteEmbedder, Unreachable
 from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.global_router import GlobalRouter
 from glider_dist.semantics.index import FILE, IndexSettings, read_index, save_index
@@ -243,6 +243,26 @@ def test_only_new_descriptions_are_embedded(pool: ExpertPool, local: Embedder):
     assert embedded == 1
     torch.testing.assert_close(changed.embeddings, build_index(texts, local)[0].embeddings, rtol=0, atol=1e-5)
     assert build_index(texts, local, IndexSettings(description_prefix="x "), known)[1] == len(changed.owner) - 1
+
+
+def test_an_endpoint_that_is_away_for_a_while_is_not_asked_for_everything_again(
+    service: Service, pool: ExpertPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pool.expert("expert_0").update_card(descriptions=["Something quite new."])
+    before = (pool.router_dir / FILE).read_bytes()
+    answers = iter([Unreachable("the endpoint is away")])
+
+    def fingerprint(self: RemoteEmbedder) -> str | None:
+        for error in answers:
+            raise error
+        return self._fingerprint
+
+    monkeypatch.setattr(RemoteEmbedder, "fingerprint", fingerprint)
+    words = (f"service.url={service.url}", f"run_dir={tmp_path / 'run'}", "tracking=off", "device=cpu")
+    outcome = command("index", f"pool={pool.path}", *words)
+    assert outcome.code == 2
+    assert "the endpoint is away" in outcome.errors[0]
+    assert (pool.router_dir / FILE).read_bytes() == before
 
 
 def test_the_index_stage_uses_the_service_of_the_environment(

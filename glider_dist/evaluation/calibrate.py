@@ -29,7 +29,7 @@ from glider_dist.evaluation.queries import QueryRunner, make_queries, queries_di
 from glider_dist.evaluation.routers import router_scope, router_settings
 from glider_dist.job import Job
 from glider_dist.model.attach import detach, set_router
-from glider_dist.pool.calibration import CALIBRATION_FILE, made_for, stored_calibration
+from glider_dist.pool.calibration import CALIBRATION_FILE, calibrated_files, made_for, stored_calibration
 from glider_dist.pool.files import digest_of, sha256, write_json
 from glider_dist.routing.strategies import PUBLISHED, local_scores, strategy_of
 from glider_dist.semantics.global_router import global_router, query_settings
@@ -51,7 +51,7 @@ def run(job: Job) -> None:
     router = global_router(job, pool)
     index = pool.router_dir / FILE
     state = {
-        "files": pool.files(),
+        "files": calibrated_files(pool),
         "index": sha256(index),
         "settings": dataclasses.asdict(cfg.calibrate),
         "rule": "of the pairs within one standard error the one nearest to the published, a threshold that fits",

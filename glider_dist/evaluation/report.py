@@ -15,6 +15,7 @@ import numpy as np
 from glider_dist.errors import GliderError
 from glider_dist.evaluation.intervals import Interval, mean_interval, paired_difference
 from glider_dist.pool.files import replacing, write_json
+from glider_dist.pool.table import table
 
 SPLITS = ("held_in", "held_out")
 
@@ -275,15 +276,8 @@ def _interval(interval: Interval, form: str = ".3f") -> str:
 
 
 def _fixed_width(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    titles, *lines = table(rows[0], rows[1:], right=rows[0][1:], cut=False).split("\n")
+    return "\n".join([titles, "-" * len(titles), *lines])
 
 
 def _null_for_nan(value: Any) -> Any:

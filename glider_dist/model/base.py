@@ -7,6 +7,7 @@ import platform
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from glider_dist.config import OFFLINE_DEFAULT
 from glider_dist.errors import GliderError, first_line
 from glider_dist.model.cache import weights_hash
 from glider_dist.model.download import smollm2_folder
@@ -29,7 +31,6 @@ from glider_dist.model.gguf import gguf_folder
 from glider_dist.model.quantised import quantisation, use_plain_kernels
 from glider_dist.model.zero import loading_in_shards
 
-OFFLINE_DEFAULT = "smollm2-135m"
 TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
 
 
@@ -268,9 +269,8 @@ def _load(source: str, how: _How, local_only: bool) -> tuple[PreTrainedModel, Pr
     quantised = {"quantization_config": how.quantisation} if how.quantisation else {}
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=local_only)
-        auto = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
-        model = auto.from_pretrained(
+        model = _auto_class(config).from_pretrained(
             source, config=config, dtype=how.dtype, device_map=device_map, local_files_only=local_only, **quantised
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
@@ -279,6 +279,25 @@ def _load(source: str, how: _How, local_only: bool) -> tuple[PreTrainedModel, Pr
             f"weights and tokenizer of a causal or encoder-decoder language model"
         ) from error
     return model, tokenizer
+
+
+def _auto_class(config: Any) -> Any:
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+
+
+def on_meta(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The language model of a ``config.json`` on the meta device: every layer and shape, no weights.
+
+    Args:
+        folder: or a hub id that is cached.
+
+    Raises:
+        OSError, ValueError, KeyError, ImportError: there is none, or it describes no language model.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model: PreTrainedModel = _auto_class(config).from_config(config, dtype=dtype)
+    return model
 
 
 def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from glider_dist.config import OFFLINE_DEFAULT
 from glider_dist.errors import GliderError, first_line
-from glider_dist.model.base import load_base
+from glider_dist.model.base import load_base, on_meta
+from glider_dist.model.download import smollm2_folder
 from glider_dist.model.sites import fingerprint, linear_sites
 from glider_dist.pool import ExpertPool, Fingerprint
 from glider_dist.pool.export import chosen, merged_weights
@@ -56,18 +58,9 @@ def _shapes(sites: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 def base_shapes(base: str) -> Fingerprint:
     """The fingerprint of a base from its config, without its weights; an empty one if that is not at hand."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    from glider_dist.model.base import OFFLINE_DEFAULT
-    from glider_dist.model.download import smollm2_folder
-
     try:
-        folder = str(smollm2_folder()) if base == OFFLINE_DEFAULT else base
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with torch.device("meta"):
-            model = auto.from_config(config)
-        return fingerprint(model)
+        folder = smollm2_folder() if base == OFFLINE_DEFAULT else Path(base).expanduser()
+        return fingerprint(on_meta(folder))
     except (GliderError, OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         why = first_line(error)[:200]
         log.warning("the base %s is not at hand (%s); shapes are compared when it is loaded", base, why)

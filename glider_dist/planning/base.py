@@ -8,11 +8,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from glider_dist.config import Config
+from glider_dist.config import OFFLINE_DEFAULT, Config
 from glider_dist.errors import GliderError, first_line
-from glider_dist.model.base import OFFLINE_DEFAULT, BaseModel, tune
+from glider_dist.model.base import BaseModel, on_meta, tune
 from glider_dist.model.download import smollm2_folder
 
 
@@ -27,10 +27,7 @@ def meta_base(cfg: Config) -> BaseModel:
     source = _config_folder(cfg)
     dtype = _dtype(cfg)
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype)
+        model = on_meta(source, dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise GliderError(f"{source}/config.json describes no language model ({first_line(error)})") from error
     model.requires_grad_(False).eval()

@@ -23,6 +23,8 @@ from glider_dist.pool.header import TensorInfo, read_header
 WEIGHTS_FILE = "adapter_model.safetensors"
 GATE_FILE = "gate.safetensors"
 CARD_FILE = "card.json"
+EXPERT_FILES = (CONFIG_FILE, WEIGHTS_FILE, GATE_FILE)
+"""What makes an expert; the gate may be missing."""
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<site>.+)\.lora_(?P<which>[AB])(?:\.[^.]+)?\.weight")
 _UNROUTABLE_TENSORS = {
     "lora_embedding_": "it adapts an embedding, which has no input to route",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from glider_dist.errors import GliderError
+from glider_dist.pool.adapter import EXPERT_FILES
 from glider_dist.pool.files import digest_of, read_json, sha256
 from glider_dist.pool.store import ExpertPool
 
@@ -17,9 +18,17 @@ CALIBRATION_FILE = "calibration.json"
 _RANGES = {"alpha_in": (0.0, math.inf), "alpha_out": (0.0, math.inf), "threshold": (-1.011, 1.011)}
 
 
+def calibrated_files(pool: ExpertPool) -> dict[str, dict[str, str]]:
+    """``{expert: {file: sha256}}`` of what makes an expert: average activations, say, change no score."""
+    return {
+        name: {file: digest for file, digest in files.items() if file in EXPERT_FILES}
+        for name, files in pool.files().items()
+    }
+
+
 def made_for(pool: ExpertPool, index: Path) -> dict[str, str]:
     """What a calibration depends on: hashes of all experts' files, as their cards have them, and of the index."""
-    return {"experts": digest_of(pool.files()), "index": sha256(index)}
+    return {"experts": digest_of(calibrated_files(pool)), "index": sha256(index)}
 
 
 def stored_calibration(pool: ExpertPool) -> dict[str, Any]:
@@ -44,7 +53,7 @@ def read_calibration(pool: ExpertPool, local_scores: list[str | float]) -> dict[
         return value
     path = pool.router_dir / CALIBRATION_FILE
     noted = value.get("made_for")
-    if isinstance(noted, dict) and noted.get("experts") != digest_of(pool.files()):
+    if isinstance(noted, dict) and noted.get("experts") != digest_of(calibrated_files(pool)):
         log.warning("%s was made for other experts than the pool has now; run calibrate again", path)
     made_with = value.get("local_scores")
     if made_with and local_scores and made_with != local_scores:

@@ -36,7 +36,7 @@ class Expert:
 
     def has_gate_by(self, card: dict[str, Any]) -> bool:
         """As :attr:`has_gate`, for who has the ``card``: it is written after the gate, which it must name."""
-        return GATE_FILE in (card.get("files") or {}) and (self.folder / GATE_FILE).exists()
+        return GATE_FILE in card.get("files", {}) and (self.folder / GATE_FILE).exists()
 
     def _inside(self, *files: str) -> Path:
         """The path of the last of its files; raises GliderError if any is a link that leaves the pool."""
@@ -55,7 +55,7 @@ class Expert:
         path = self._inside(CARD_FILE)
         again = "remove the expert and add it again"
         card = read_json(path, again) if path.exists() else {}
-        if not all(isinstance(card.get(key) or {}, dict) for key in ("files", "summary")):
+        if not all(isinstance(card.get(key, {}), dict) for key in ("files", "summary")):
             raise GliderError(f"{path} is no card of an expert; {again}")
         return card
 

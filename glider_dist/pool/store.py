@@ -17,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from glider_dist.config import OFFLINE_DEFAULT
 from glider_dist.errors import GliderError
-from glider_dist.pool.adapter import CARD_FILE, GATE_FILE, WEIGHTS_FILE, inspect_adapter, read_gate
+from glider_dist.pool.adapter import CARD_FILE, EXPERT_FILES, GATE_FILE, WEIGHTS_FILE, inspect_adapter, read_gate
 from glider_dist.pool.adapter_config import CONFIG_FILE
 from glider_dist.pool.expert import Expert
 from glider_dist.pool.files import (
@@ -176,11 +177,7 @@ class ExpertPool:
         with replacing_folder(target, replace) as folder:
             fill(folder)
             summary = inspect_adapter(folder).summary()
-            files = {
-                file: sha256(folder / file)
-                for file in (CONFIG_FILE, WEIGHTS_FILE, GATE_FILE)
-                if (folder / file).exists()
-            }
+            files = {file: sha256(folder / file) for file in EXPERT_FILES if (folder / file).exists()}
             write_json(folder / CARD_FILE, {"name": name, **card, "files": files, "summary": summary})
         self.__dict__.pop("names", None)
         return Expert(target)
@@ -237,7 +234,6 @@ class ExpertPool:
 
 def _from_everywhere(base: str) -> str:
     """The absolute path of a folder or file; what is neither here, as it is."""
-    from glider_dist.model.base import OFFLINE_DEFAULT
-
     path = Path(base).expanduser()
-    return str(path.resolve()) if base != OFFLINE_DEFAULT and path.exists() else base
+    # Not resolved: the hub's cache links NAME.gguf to a file without a suffix.
+    return str(path.absolute()) if base != OFFLINE_DEFAULT and path.exists() else base

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from glider_dist.errors import GliderError
-from glider_dist.pool.adapter import CARD_FILE, GATE_FILE, WEIGHTS_FILE, check_finite
-from glider_dist.pool.adapter_config import CONFIG_FILE
+from glider_dist.pool.adapter import CARD_FILE, EXPERT_FILES, GATE_FILE, check_finite
 from glider_dist.pool.expert import Expert
 from glider_dist.pool.files import sha256
 from glider_dist.pool.fingerprint import check_gate, check_sites
@@ -61,7 +60,7 @@ def _check_files(expert: Expert) -> list[str]:
     hashes = card.get("files", {})
     problems = []
     # The card may know of more, such as mean activations.
-    for file in dict.fromkeys((CONFIG_FILE, WEIGHTS_FILE, GATE_FILE, *hashes)):
+    for file in dict.fromkeys((*EXPERT_FILES, *hashes)):
         path = expert.folder / file
         if not path.exists():
             if file in hashes:

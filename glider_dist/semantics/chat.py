@@ -53,6 +53,11 @@ class Usage:
         )
 
 
+def model_of(settings: DescribeConfig) -> str | None:
+    """The name of the chat model, if one is given."""
+    return settings.model or os.environ.get("OPENAI_MODEL")
+
+
 def prompt_template(name: str) -> str:
     """A prompt of the package: ``expert`` or ``query``."""
     return resources.files("glider_dist.semantics").joinpath(f"prompts/{name}.txt").read_text(encoding="utf-8")
@@ -74,7 +79,7 @@ class ChatModel:
             import openai
         except ImportError:
             raise GliderError("a chat model needs the openai package: pip install 'glider_dist[serve]'") from None
-        model = settings.model or os.environ.get("OPENAI_MODEL")
+        model = model_of(settings)
         if not model:
             raise GliderError("no chat model is named; set describe.model or OPENAI_MODEL")
         key = os.environ.get("OPENAI_API_KEY")

@@ -11,6 +11,7 @@ import torch
 
 from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool
+from glider_dist.semantics.chat import model_of
 from glider_dist.semantics.chat_descriptions import QueryDescriber
 from glider_dist.semantics.describe import descriptions_of
 from glider_dist.semantics.embedder import TextEmbedder
@@ -97,7 +98,10 @@ def global_router(job: Job, pool: ExpertPool) -> GlobalRouter:
 def query_settings(job: Job) -> dict[str, Any]:
     """What of the configuration changes the similarities, apart from the index."""
     describe = job.cfg.describe
-    return {"queries": describe.queries, "model": describe.model} if describe.queries == "llm" else {}
+    if describe.queries != "llm":
+        return {}
+    names = ("queries", "max_tokens", "temperature")
+    return {"model": model_of(describe), **{name: getattr(describe, name) for name in names}}
 
 
 class Ahead:

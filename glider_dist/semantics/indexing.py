@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -63,8 +62,11 @@ def run(job: Job) -> None:
         known: dict[bytes, torch.Tensor] = {}
         wanted = _prefixed(descriptions, settings)
         for old in (path, kept):
-            with contextlib.suppress(GliderError):
-                known |= known_vectors(read_index(old), embedder, wanted)
+            try:
+                index = read_index(old)
+            except GliderError:
+                continue
+            known |= known_vectors(index, embedder, wanted)
         names, embedded = list(descriptions), 0
         for end in progress(range(_AT_ONCE, len(names) + _AT_ONCE, _AT_ONCE), desc="experts", enabled=True):
             part = {name: descriptions[name] for name in names[:end]}

@@ -36,7 +36,7 @@ def load_tasks(cfg: TasksConfig, seed: int) -> TaskSuite:
     list names; a task that a list names moves to that split.
 
     Args:
-        cfg: the source, its path, the names and the limit.
+        cfg: the source, its path, the names and the limit, validated.
         seed: draws the examples of the procedural source; the others do not depend on it.
 
     Raises:
@@ -54,9 +54,6 @@ def load_tasks(cfg: TasksConfig, seed: int) -> TaskSuite:
         if task.name in by_name:
             raise GliderError(f"two tasks are called {task.name!r}; rename one")
         by_name[task.name] = task
-    both = set(cfg.held_in) & set(cfg.held_out)
-    if both:
-        raise GliderError(f"task {sorted(both)[0]!r} is in tasks.held_in and in tasks.held_out; keep it in one")
     held_in = _named(cfg.held_in, by_name, "held_in") or [
         task for task in tasks if task.split == "held_in" and task.name not in cfg.held_out
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from glider_dist.errors import GliderError
+from glider_dist.pool.table import table
 from glider_dist.tracking.run import METRICS
 from glider_dist.tracking.state import STATE, holder
 
@@ -98,7 +99,7 @@ def run(arguments: Any) -> int:
     if not root.is_dir():
         raise GliderError(f"there is no folder {root}; name the one that holds the run directories")
     found = [read_run(path) for path in find_runs(root)]
-    print(table(found, time.time()) if found else f"no run directory in {root}")
+    print(run_table(found, time.time()) if found else f"no run directory in {root}")
     return 0
 
 
@@ -153,16 +154,13 @@ def _latest(path: Path) -> dict[str, Any]:
     return {key: float(value) if isinstance(value, (int, float)) else value for key, value in found.items()}
 
 
-def table(runs: list[FoundRun], now: float) -> str:
+def run_table(runs: list[FoundRun], now: float) -> str:
     """A line for each run, the latest first."""
-    rows = [("run", "stage", "state", "progress", "score", "updated")]
-    for one in sorted(runs, key=lambda one: -one.updated):
-        rows.append((str(one.path), one.stage, one.state, one.progress or "-", one.score, _ago(now - one.updated)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-    return "\n".join(lines)
+    rows = [
+        (str(one.path), one.stage, one.state, one.progress or "-", one.score, _ago(now - one.updated))
+        for one in sorted(runs, key=lambda one: -one.updated)
+    ]
+    return table(("run", "stage", "state", "progress", "score", "updated"), rows, cut=False)
 
 
 def show(one: FoundRun) -> str:
