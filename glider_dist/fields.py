@@ -14,6 +14,7 @@ _MUST_BE: dict[str, Callable[[float], bool]] = {
     "positive and finite": lambda value: 0 < value < math.inf,
     "finite and not negative": lambda value: 0 <= value < math.inf,
     "finite": math.isfinite,
+    "a port, 0 to 65535": lambda value: 0 <= value <= 65535,
 }
 
 

@@ -92,6 +92,11 @@ def test_tracking_on_is_refused_with_the_values_there_are() -> None:
         read_config(None, ["tracking=on"])
 
 
+def test_a_port_that_is_none_is_refused() -> None:
+    with pytest.raises(GliderError, match=r"service.port is 99999, but must be a port, 0 to 65535"):
+        read_config(None, ["service.port=99999"])
+
+
 def test_numbers_and_booleans_are_read_as_yaml_writes_them() -> None:
     cfg = read_config(
         None, ["train.learning_rate=1e-3", "train.gradient_checkpointing=yes", "seed=007", "base=135"]

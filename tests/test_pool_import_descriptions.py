@@ -49,7 +49,8 @@ def test_experts_are_described_by_file_then_card_then_name(tmp_path: Path, base:
         (tmp_path / "adapters" / name / "README.md").write_text("# Nothing\n")
     for name in ("from_file", "from_card"):
         (tmp_path / "adapters" / name / "README.md").write_text("It sorts the words of a line by length.\n")
-    (tmp_path / "texts.txt").write_text("# by hand\nfrom_file: Counts things.\nfrom_file: It also counts words.\n")
+    texts = "# by hand\nfrom_file: Counts things.\nfrom_file: It also counts words.\nnobody: Waits.\n"
+    (tmp_path / "texts.txt").write_text(texts)
     pool = tmp_path / "pool"
     assert command("pool", "import", str(pool), str(tmp_path / "adapters")).code == 0
     words = [f"pool={pool}", f"run_dir={tmp_path / 'run'}", "device=cpu", "tracking=off", "tasks.limit=2"]
@@ -60,6 +61,7 @@ def test_experts_are_described_by_file_then_card_then_name(tmp_path: Path, base:
     assert cards["from_card"]["descriptions"] == ["It sorts the words of a line by length."]
     assert cards["only-the_name"]["descriptions"] == ["only the name"]
     assert "described by their name alone" in outcome.err
+    assert "1 experts that are not in the pool, such as nobody" in outcome.err
     (tmp_path / "texts.txt").write_text("no colon here\n")
     pool_two = random_pool(tmp_path / "two", tiny_causal(), experts=1, base=str(base))
     words[0] = f"pool={pool_two.path}"

@@ -99,3 +99,20 @@ def test_a_process_may_open_as_many_files_as_its_hard_limit_allows(tmp_path: Pat
     (sentence,) = done.stdout.splitlines()
     assert sentence.endswith("raise the limit of open files (ulimit -n)")
     assert list((tmp_path / "experts").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc keeps memory for us")
+def test_memory_freed_on_a_cpu_is_used_again_without_new_page_faults_however_much_it_is() -> None:
+    script = """import resource, torch
+from glider_dist.parallel.ranks import start_ranks
+start_ranks("cpu")
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(5 << 20) for _ in range(120)]  # 20 MB each, 2.5 GB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), faults())"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first, second = map(int, done.stdout.split())
+    assert first > 500_000  # pages of 4 KiB
+    assert second < first / 20

@@ -26,8 +26,8 @@ from glider_dist.model.sites import fingerprint, linear_sites, peft_targets
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.adapter import write_adapter
 from glider_dist.pool.files import write_json
-from glider_dist.pool.table import table
 from glider_dist.testing import tiny_causal
+from glider_dist.text_table import table
 
 COUNTS = (8, 32, 128)
 BATCH, LENGTH, RANK, TOP_K, ROUNDS = 4, 64, 16, 2, 9

@@ -15,7 +15,7 @@ import numpy as np
 from glider_dist.errors import GliderError
 from glider_dist.evaluation.intervals import Interval, mean_interval, paired_difference
 from glider_dist.pool.files import replacing, write_json
-from glider_dist.pool.table import table
+from glider_dist.text_table import table
 
 SPLITS = ("held_in", "held_out")
 

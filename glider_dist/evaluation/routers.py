@@ -143,7 +143,8 @@ def made_with(job: Job) -> dict[str, Any]:
         "batch_size": cfg.evaluate.batch_size,
         "expert_parallel": cfg.mesh.expert_parallel,
         "dispatch": cfg.dispatch if cfg.mesh.expert_parallel > 1 else None,
-        "zero_stage": cfg.zero_stage,
+        # The others shard what only training has.
+        "zero_stage": 3 if cfg.zero_stage == 3 else 0,
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from glider_dist.errors import GliderError
-from glider_dist.pool.table import table
+from glider_dist.text_table import table
 
 GB = 1e9
 

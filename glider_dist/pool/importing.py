@@ -15,7 +15,7 @@ from glider_dist.pool.fingerprint import check_gate, check_sites
 from glider_dist.pool.names import check_name
 from glider_dist.pool.sources import Source
 from glider_dist.pool.store import ExpertPool
-from glider_dist.pool.table import megabytes, span, table
+from glider_dist.text_table import megabytes, span, table
 from glider_dist.tracking.progress import progress
 
 log = logging.getLogger(__name__)

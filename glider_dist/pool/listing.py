@@ -7,7 +7,7 @@ from typing import Any
 
 from glider_dist.pool.expert import Expert
 from glider_dist.pool.store import ExpertPool
-from glider_dist.pool.table import megabytes, span, table
+from glider_dist.text_table import megabytes, span, table
 
 
 def list_pool(pool: ExpertPool) -> str:

@@ -115,6 +115,12 @@ def run(job: Job) -> None:
     if job.ranks.is_main:
         for name, (sentences, source) in texts.items():
             pool.expert(name).update_card(descriptions=sentences, description_source=source)
+        if unknown := [name for name in from_file if name not in pool]:
+            log.warning(
+                "describe_file= describes %d experts that are not in the pool, such as %s",
+                len(unknown),
+                unknown[0],
+            )
         by_name_alone = [name for name, (_, source) in texts.items() if source == "name"]
         if by_name_alone:
             log.warning(

@@ -18,7 +18,7 @@ class ServiceConfig:
         "None: $GLIDER_DIST_SERVICE_URL, else the model in each process",
     )
     host: str = setting("127.0.0.1", "serve-embeddings: address to listen on; a token is needed beyond loopback")
-    port: int = setting(8090, "serve-embeddings: port; 0: a free one")
+    port: int = setting(8090, "serve-embeddings: port; 0: a free one", must_be="a port, 0 to 65535")
     token_file: str | None = setting(
         None, "file with the bearer token, where $GLIDER_DIST_SERVICE_TOKEN is not set"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from glider_dist.errors import GliderError
-from glider_dist.pool.table import table
+from glider_dist.text_table import table
 from glider_dist.tracking.run import METRICS
 from glider_dist.tracking.state import STATE, holder
 
