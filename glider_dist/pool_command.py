@@ -40,14 +40,15 @@ USAGE = """usage: glider-dist pool ACTION ...
   pool verify POOL
       Check every hash, shape, dtype, gate and value; exit code 2 and a list if something is wrong.
   pool remove POOL NAME...
-  pool export POOL OUT [names=a,b] [format=peft|merged|model|vllm] [dtype=auto|float32|bfloat16]
+  pool export POOL OUT [names=a,b] [format=peft|merged|model|vllm] [dtype=auto|float32|bfloat16] [base=BASE]
       peft: the adapters' folders; merged: their mean as one adapter; model: the base with that mean in its
-      weights, in dtype=; vllm: the folders and a script that serves them.
+      weights, in dtype=; vllm: the folders and a script that serves them. base= is for model and vllm where the
+      pool's base has moved.
   pool pack POOL FILE.tar
   pool unpack FILE.tar POOL
 """
 
-_OPTIONS = {"import": ("base",), "add": ("gate", "base"), "export": ("names", "format", "dtype")}
+_OPTIONS = {"import": ("base",), "add": ("gate", "base"), "export": ("names", "format", "dtype", "base")}
 
 
 def run(arguments: Arguments) -> int:
@@ -232,16 +233,19 @@ def _export(words: list[str], options: dict[str, str]) -> int:
     kind = options.get("format", "peft")
     if "dtype" in options and kind != "model":
         raise GliderError("dtype= belongs to format=model; adapters keep the dtype they have")
+    if "base" in options and kind not in ("model", "vllm"):
+        raise GliderError("base= belongs to format=model and format=vllm; adapters name the base of their pool")
     if kind == "peft":
         print(f"{len(export_peft(pool, out, names))} adapters in {out}")
     elif kind == "merged":
         print(f"one adapter, the mean of {len(names or pool.names)}, in {export_merged(pool, out, names)}")
     elif kind == "vllm":
-        print(f"serve them with: sh {shlex.quote(str(export_vllm(pool, out, names, _folder_of(pool.base))))}")
+        script = export_vllm(pool, out, names, _folder_of(options.get("base", pool.base)))
+        print(f"serve them with: sh {shlex.quote(str(script))}")
     elif kind == "model":
         from glider_dist.model.merge import export_model
 
-        export_model(pool, out, names, options.get("dtype", "auto"))
+        export_model(pool, out, names, options.get("dtype", "auto"), options.get("base"))
         print(f"a model with {len(names or pool.names)} experts merged in {out}")
     else:
         raise GliderError(f"format={kind!r} is unknown; choose peft, merged, model or vllm")
@@ -254,7 +258,8 @@ def _folder_of(base: str) -> str:
 
     if base == OFFLINE_DEFAULT:
         return str(smollm2_folder())
-    return str(Path(base).resolve()) if Path(base).is_dir() else base
+    path = Path(base).expanduser()
+    return str(path.resolve()) if path.is_dir() else base
 
 
 def _pack(words: list[str], options: dict[str, str]) -> int:

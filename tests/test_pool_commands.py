@@ -168,6 +168,21 @@ def test_the_merged_adapter_and_the_merged_model_equal_the_merged_router(pool: E
     assert command(*words, str(tmp_path / "model"), "format=model").code == 2
 
 
+def test_a_model_is_exported_where_the_base_has_moved(tmp_path: Path) -> None:
+    here = save_tiny_base(tmp_path / "here", tiny_causal())
+    pool = random_pool(tmp_path / "pool", tiny_causal(), experts=2, base=str(here))
+    there = here.rename(tmp_path / "there")
+    words = ["pool", "export", str(pool.path), str(tmp_path / "model"), "format=model"]
+    gone = command(*words)
+    assert gone.code == 2
+    assert "give base=FOLDER" in gone.errors[0]
+    done = command(*words, f"base={there}")
+    assert done.code == 0, done.err
+    assert (tmp_path / "model" / "config.json").exists()
+    wrong = command("pool", "export", str(pool.path), str(tmp_path / "out"), f"base={there}")
+    assert "base= belongs to format=model and format=vllm" in wrong.errors[0]
+
+
 @pytest.mark.parametrize("make", [tiny_causal, tiny_seq2seq, tiny_encoder_decoder])
 def test_peft_adapts_exactly_the_merged_adapters_layers_and_no_head_or_pooler(
     make: Callable[[], PreTrainedModel], tmp_path: Path

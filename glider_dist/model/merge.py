@@ -22,12 +22,15 @@ from glider_dist.pool.fingerprint import check_sites
 log = logging.getLogger(__name__)
 
 
-def export_model(pool: ExpertPool, out: Path, names: Sequence[str] = (), dtype: str = "auto") -> Path:
+def export_model(
+    pool: ExpertPool, out: Path, names: Sequence[str] = (), dtype: str = "auto", source: str | None = None
+) -> Path:
     """Write the pool's base with the mean of the experts added to its weights, as ``save_pretrained`` does.
 
     Args:
         out: the folder; one that is there already is replaced only if it is empty.
         dtype: of the written weights, as in :func:`load_base`; the sum is made in fp32.
+        source: the base, where it is not any more where the pool says.
 
     Raises:
         GliderError: the base cannot be loaded or is not the pool's, or ``out`` holds something.
@@ -35,7 +38,10 @@ def export_model(pool: ExpertPool, out: Path, names: Sequence[str] = (), dtype: 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise GliderError(f"{out} is there already; name a new folder")
     experts = chosen(pool, names)
-    base = load_base(pool.base, dtype, "cpu")
+    try:
+        base = load_base(source or pool.base, dtype, "cpu")
+    except GliderError as error:
+        raise GliderError(str(error) if source else f"{error} ({pool.base_origin})") from error
     sites = linear_sites(base.model)
     pool.check_base(fingerprint(base.model))
     merged = merged_weights(experts)
