@@ -26,13 +26,15 @@ _STUBS = {
     # The first STATE_FAILS or SCONTROL_FAILS calls fail. SQUEUE_STATES filters, as in the real one.
     "squeue": """
         [ -z "$SQUEUE_STATES" ] || exit 0
+        case "$*" in *%x*) echo "$WITHOUT"; exit ;; esac
         echo >> "$CALLS/squeue"
         [ "$(wc -l < "$CALLS/squeue")" -gt "$STATE_FAILS" ] || exit 1
         [ -z "$SLURM_CLUSTERS" ] || echo "CLUSTER: $SLURM_CLUSTERS"
         echo "$STATE"
     """,
     "scontrol": """
-        [ "$1" = requeue ] || { echo n1; exit 0; }
+        [ "$1" != update ] || echo "$*" >> "$CALLS/updates"
+        [ "$1" = requeue ] || { echo "${3//,/$'\\n'}"; exit 0; }
         echo "$2" >> "$CALLS/requeue"
         [ "$(wc -l < "$CALLS/requeue")" -gt "$SCONTROL_FAILS" ] || exit 1
         echo "$2" > "$CALLS/queued"
@@ -64,7 +66,8 @@ def prepared(folder: Path, step: int, ranks: str = "", **changes: object) -> tup
         "SLURM_JOB_ID": 77, "SLURM_JOB_NUM_NODES": 1, "SLURM_NTASKS": 2, "SLURM_JOB_NODELIST": "n1",
         "GLIDER_SCRIPTS": SLURM, "GLIDER_SITE": folder / "site.env", "PATH": f"{stubs}:{os.environ['PATH']}",
         "ATTEMPT": folder / "run/slurm/77/attempt-0", "CALLS": calls, "STEP": step, "RANKS": ranks,
-        "STATE": "RUNNING", "STATE_FAILS": 0, "SCONTROL_FAILS": 0, "CHECK": "true", "LATE": "", **changes,
+        "STATE": "RUNNING", "STATE_FAILS": 0, "SCONTROL_FAILS": 0, "CHECK": "true", "LATE": "", "WITHOUT": "",
+        **changes,
     }  # fmt: skip
     command = ["bash", str(SLURM / "stage.sbatch"), "evaluate", f"run_dir={folder / 'run'}"]
     return command, {**os.environ, **{key: str(value) for key, value in values.items()}}
@@ -134,6 +137,11 @@ def test_a_rank_that_cannot_tell_of_its_crash_while_python_loads_has_its_node_le
     # Rank 1's node has no Python; the other rank is ended while it loads, and 143 is the higher code.
     end = ended(tmp_path, 143, CHECK="false")
     assert (end.queued, end.excluded) == (True, ["n1"])
+
+
+def test_nodes_that_a_job_was_submitted_without_stay_left_out(tmp_path: Path) -> None:
+    assert ended(tmp_path, 137, CHECK="false", WITHOUT="n7,n8").excluded == ["n7", "n8", "n1"]
+    assert (tmp_path / "calls/updates").read_text() == "update JobId=77 ExcNodeList=n7,n8,n1\n"
 
 
 @pytest.mark.parametrize("ranks", ["", "0:85"])
