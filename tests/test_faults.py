@@ -87,6 +87,16 @@ def test_kill_9_of_one_of_two_ranks_loses_no_step_before_the_last_checkpoint(
 
 
 @pytest.mark.jobs
+def test_what_is_missing_is_decided_by_rank_0_where_another_node_sees_an_expert_late(
+    folder: Path, base: Path, local_ranks: Callable[[int], LocalRanks]
+) -> None:
+    random_pool(folder / "pool", tiny_causal(), HELD_IN, base=str(base))
+    words = settings(folder, base=base)
+    found = local_ranks(2).run(work.stage_seen_late, "train-experts", words, HELD_IN[0])
+    assert found == ["done"] * 2
+
+
+@pytest.mark.jobs
 def test_kill_9_again_and_again_while_files_are_written_leaves_a_pool_that_can_be_read(folder, base, whole):
     words = [sys.executable, "-m", "glider_dist", "train-experts", *settings(folder, base=base, **LONG)]
     experts = folder / "run" / "checkpoints" / "expert"

@@ -64,6 +64,16 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def from_main(self, value: T) -> T:
+        """Rank 0's ``value`` on every rank, when all have come here: what they must decide alike, though a network
+        file system may show another node's files later to some of them."""
+        if self.control is None:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, 0, group=self.control, device=torch.device("cpu"))
+        self.barrier()
+        return cast(T, values[0])
+
     def on_main(self, work: Callable[[], Any]) -> None:
         """Run ``work`` on rank 0 while the others wait; a GliderError there is raised on all of them."""
         message = None

@@ -46,8 +46,8 @@ def train_experts(job: Job) -> None:
     """Train an expert for every held-in task that has none in the pool, which is created if need be."""
     tasks = job.tasks.held_in
     there = job.open_pool(check_base=False) if (job.pool_path / "pool.json").exists() else None
-    todo = [task for task in tasks if there is None or task.name not in there]
-    _begin(job, "expert", todo, tasks)
+    missing = [task.name for task in tasks if there is None or task.name not in there]
+    todo = _begin(job, "expert", missing, tasks)
     if not todo:
         return
     for task in todo:
@@ -103,8 +103,8 @@ def train_gates(job: Job) -> None:
     tasks = [task for task in job.tasks.held_in if task.name in pool]
     if job.tasks.held_in and not tasks:
         raise GliderError(f"pool {pool.path} has no expert of a held-in task; run train-experts first")
-    todo = [task for task in tasks if not pool.expert(task.name).has_gate]
-    _begin(job, "gate", todo, tasks)
+    missing = [task.name for task in tasks if not pool.expert(task.name).has_gate]
+    todo = _begin(job, "gate", missing, tasks)
     if not todo:
         return
     pool.check_base(job.fingerprint)
@@ -155,12 +155,14 @@ def _dtype(job: Job) -> torch.dtype:
     return torch.promote_types(job.base.dtype, torch.float32)
 
 
-def _begin(job: Job, kind: str, todo: Sequence[Task], tasks: Sequence[Task]) -> None:
-    # No rank may store an expert before all have seen what is missing.
-    job.ranks.barrier()
+def _begin(job: Job, kind: str, missing: Sequence[str], tasks: Sequence[Task]) -> list[Task]:
+    """The tasks to train: those whose expert or gate rank 0 is missing."""
+    # No rank may store an expert before all have come here.
+    todo = set(job.ranks.from_main(missing))
     if job.ranks.is_main:
         log.info("%d of %d %ss to train on %d ranks", len(todo), len(tasks), kind, job.ranks.world)
-        forget_done(job, kind, {task.name for task in tasks} - {task.name for task in todo})
+        forget_done(job, kind, {task.name for task in tasks} - todo)
+    return [task for task in job.tasks.held_in if task.name in todo]
 
 
 S = TypeVar("S", bound=Slots)

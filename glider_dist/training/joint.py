@@ -62,13 +62,13 @@ def _run(job: Job) -> bool:
     job.ranks.on_main(lambda: _finish_earlier(job.open_pool(check_base=False)))
     pool = job.open_pool(check_base=False)
     key, record = training_key(job), job.run_dir / RECORD
-    if record.exists() and read_json(record) == {"key": key, "pool": versions_digest(pool)}:
+    done = record.exists() and read_json(record) == {"key": key, "pool": versions_digest(pool)}
+    # No rank may change the pool before all have come here.
+    if job.ranks.from_main(done):
         if job.ranks.is_main:
             log.info("this training was done already, and the pool is as it left it")
         job.ranks.on_main(lambda: forget(job))
         return True
-    # No rank may change the pool before all have seen what is in it.
-    job.ranks.barrier()
     pool.check_base(job.fingerprint)
     changes = job.cfg.joint.experts or list(pool.names)
     locks = job.ranks.together(lambda: hold_all(pool.path, changes if job.ranks.is_main else []))
