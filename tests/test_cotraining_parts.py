@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rank_checkpoints import Patient
 
 from glider_dist.lora.bank import initial_site
 from glider_dist.model.batch import Encoded
@@ -197,7 +198,7 @@ def test_a_killed_training_goes_on_after_its_last_save_and_ends_the_same(base, t
 
     def keeper(steps: int) -> Unfinished:
         facts = {name: facts_of(few(name)) for name in names}
-        return Unfinished(Checkpoints(tmp_path), facts, Interval(steps, 60.0))
+        return Patient(Checkpoints(tmp_path), facts, Interval(steps, 60.0))
 
     whole = run(base, [few(name) for name in names], slots=4)
     turns = 0
