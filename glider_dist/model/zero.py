@@ -83,8 +83,10 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def ensure_group() -> None:
+def ensure_group(device: torch.device) -> None:
     """DeepSpeed wants a process group, and a rank from the launcher, even around a single process."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        # As start_ranks does: gloo scatters no sums of a GPU's tensors.
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

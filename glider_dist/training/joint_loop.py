@@ -202,7 +202,8 @@ class JointLoop:
         own = list(self.trained.own)
         norms = [self.engine.gradient(f"{site}.B").flatten(1).norm(dim=1)[: len(own)] for site in sites]
         names = [self._context.names[expert] for expert in own]
-        check_gradients(names, sites, torch.stack(norms), tokens_SE[:, own])
+        # Gradients may be in host memory, with their optimizer.
+        check_gradients(names, sites, torch.stack(norms).to(tokens_SE.device), tokens_SE[:, own])
 
     def _note_loads(self) -> None:
         if not self.extras.joint.balance_loss:

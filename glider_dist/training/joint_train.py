@@ -99,7 +99,7 @@ def _train(
     train = Mixture(job.tasks.held_in, "train", job.collator)
     validation = Mixture(job.tasks.held_in, "validation", job.collator, cfg.train.eval_examples).rows()
     started = time.perf_counter()
-    ensure_group()
+    ensure_group(job.base.device)
     config = deepspeed_config(cfg, job.ranks.world, recipe.learning_rate, trained.elements)
     engine = ExpertEngine(trained.experts, trained.gates, _parallel(job), config)
     packing = packing_for(job.base.device, cfg.train.micro_batch_tokens, cfg.train.micro_batch_size)
