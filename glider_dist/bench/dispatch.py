@@ -95,7 +95,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     if ratios:
         lines.append(f"auto is within 1.1 of the faster strategy on {within} of them; at worst {ratios[-1]:.2f}.")
     for tokens in TOKENS:
-        here = [row for row in dense if row["tokens"] == tokens]
+        here = [row for row in dense if row["tokens"] == tokens and row["plain / auto"] is not None]
         if here:
             ranges = [
                 f"{key} is {min(row[key] for row in here):.2f} to {max(row[key] for row in here):.2f}"
@@ -202,9 +202,9 @@ def _row(cell: Cell, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "auto chose": ranks[0]["chosen"],
         "auto / best": min(again[2]) / min(fixed),
         "noise": max(max(pair) / min(pair) for pair in again),
-        "plain / auto": time("plain") / auto if "plain" in ranks[0]["seconds"] else float("nan"),
+        "plain / auto": time("plain") / auto if "plain" in ranks[0]["seconds"] else None,
         "gather / floor": weights / floor,
-        "plain / floor": time("plain") / floor if "plain" in ranks[0]["seconds"] else float("nan"),
+        "plain / floor": time("plain") / floor if "plain" in ranks[0]["seconds"] else None,
         "all_to_all KiB": max(one["sent"]["all_to_all"] for one in ranks) / 1024,
         "gather KiB": max(one["sent"]["gather"] for one in ranks) / 1024,
     }

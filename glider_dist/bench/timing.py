@@ -40,12 +40,10 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of rows with the same keys; floats to three digits."""
+    """A Markdown table of rows with the same keys; floats to three digits, "-" for None."""
     if not rows:
         return ""
-    cells = [list(rows[0])] + [
-        [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows
-    ]
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
     lines = [
         "| " + " | ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) + " |"
@@ -53,6 +51,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def save(path: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
