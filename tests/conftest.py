@@ -25,9 +25,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the tests on a real Slurm (as root on Debian)",
     )
+    parser.addoption("--gpu", action="store_true", help="run the tests that need a GPU, and no others")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--gpu"):
+        # All other tests are of the CPU, with more ranks than most machines have GPUs.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--gpu")
+    if wanted and not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu: torch sees no GPU here")
+    left_out = [item for item in items if (item.get_closest_marker("gpu") is not None) != wanted]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
     root_on_debian = os.geteuid() == 0 and shutil.which("apt-get") is not None
     if config.getoption("--slurm") or (os.environ.get("CI") and root_on_debian):
         return

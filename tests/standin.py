@@ -8,13 +8,12 @@ back, and the exchanges (over gloo, which gets the memory itself). It says nothi
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from host_waits import wait_of
+from host_waits import wait_of, who
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +30,6 @@ class _Backend(backend_registration._DummyBackendModule):
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 DEVICE = torch.device(NAME, 0)
 CPU = torch.device("cpu")
-_LIBRARIES = ("glider_dist", "transformers", "deepspeed")
 
 
 class Far(torch.Tensor):
@@ -89,7 +87,7 @@ class StandIn(TorchDispatchMode):
         else:
             there = onto.type == NAME if onto is not None else bool(far)
         if far and (not there if moves else wait_of(func, args, kwargs)):
-            self.waits[_who()] += 1
+            self.waits[who()] += 1
         result = func(*tree_map(_memory, args), **tree_map(_memory, kwargs))
         if not there:
             return result
@@ -128,14 +126,3 @@ def _on_the_stand_in(leaf: Any, known: dict[int, Far]) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     return known[id(leaf)] if id(leaf) in known else Far(leaf)
-
-
-def _who() -> str:
-    """``module.function`` of the innermost frame of a library that this project has a say in, or of the test."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] in _LIBRARIES:
-            return f"{module}.{frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "test"

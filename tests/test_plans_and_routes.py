@@ -46,7 +46,10 @@ def test_a_plan_holds_every_used_place_once_sorted_by_expert_and_stable(case):
     rows = zip(plan.expert.tolist(), plan.token.tolist(), plan.weight.tolist(), strict=True)
     assert [(e, t, int(w) - 1 - t * places) for e, t, w in rows] == expected
     counts = Counter(expert for expert, _, _ in expected)
-    assert count_rows(route, experts).tolist() == [counts[e] for e in range(experts)]
+    counted = count_rows(route.expert_ids, experts, route.ragged)
+    assert counted.tolist() == [counts[e] for e in range(experts)]
+    assert count_rows(route.expert_ids, experts, route.ragged, counted) is counted
+    assert counted.tolist() == [2 * counts[e] for e in range(experts)]
     assert plan.ends.tolist() == [sum(counts[i] for i in range(e + 1)) for e in range(experts)]
     assert plan.ends.dtype == torch.int32
 

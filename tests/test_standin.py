@@ -5,25 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import device_cases
 import pytest
-import standin_cases
+from device_cases import MASK, ROUTERS
 
 from glider_dist.testing import LocalRanks
-
-ROUTERS = {
-    "glider": {},
-    "top-p": {"top_p": 0.5},
-    "shortlist": {"shortlist": 3},
-    "phatgoose": {"kind": "phatgoose"},
-    "global": {"kind": "global"},
-    "arrow": {"kind": "arrow"},
-    "arrow_general": {"kind": "arrow", "general": ("expert_0",)},
-    "lag": {"kind": "lag"},
-    "merged": {"kind": "merged"},
-    "ties": {"kind": "ties"},
-}
-# The real tokens of a forward are counted once for each stack that reads a mask.
-MASK = "model.tokens.find_tokens"
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +28,21 @@ def two() -> Iterator[LocalRanks]:
 @pytest.mark.parametrize(("name", "experts"), [("llama", 5), ("llama", 40), ("t5", 12)])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_forward_is_the_cpus_and_waits_only_for_its_mask(alone, pool_of, router, name, experts):
-    (both,) = alone.run(standin_cases.serve, name, pool_of(name, experts).path, ROUTERS[router])
+    (both,) = alone.run(device_cases.serve, "standin", name, pool_of(name, experts).path, ROUTERS[router])
     assert both.error < 1e-4
     assert both.ours == {MASK: 2 if name == "t5" else 1}
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_generation_gives_the_tokens_and_counts_of_the_cpu(alone, pool_of, name):
-    (both,) = alone.run(standin_cases.serve, name, pool_of(name, 12).path, {}, None, True)
+    (both,) = alone.run(device_cases.serve, "standin", name, pool_of(name, 12).path, {}, None, True)
     assert both.error == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_choices_and_likelihoods_are_those_of_the_cpu(alone, pool_of, name):
-    (both,) = alone.run(standin_cases.rank, name, pool_of(name).path)
-    assert both.cpu[0].tolist() == both.standin[0].tolist()
+    (both,) = alone.run(device_cases.rank, "standin", name, pool_of(name).path)
+    assert both.cpu[0].tolist() == both.far[0].tolist()
     assert both.error < 1e-4
 
 
@@ -66,12 +52,12 @@ def test_choices_and_likelihoods_are_those_of_the_cpu(alone, pool_of, name):
 )
 def test_a_pool_shared_by_two_ranks_waits_once_an_exchange(two, pool_of, dispatch, router):
     pool = pool_of("llama", 12)
-    for both in two.run(standin_cases.serve, "llama", pool.path, router, dispatch):
+    for both in two.run(device_cases.serve, "standin", "llama", pool.path, router, dispatch):
         assert both.error < 1e-4
         # A tiny Llama's layer has four groups of layers that read the same input.
         exchanges = 0 if dispatch == "local" else 4 * 2
         assert both.ours == {MASK: 1} | ({"parallel.exchange.to_host": exchanges} if exchanges else {})
-    for both in two.run(standin_cases.serve, "llama", pool.path, router, dispatch, True):
+    for both in two.run(device_cases.serve, "standin", "llama", pool.path, router, dispatch, True):
         assert both.error == 0
 
 
@@ -79,7 +65,7 @@ def test_a_pool_shared_by_two_ranks_waits_once_an_exchange(two, pool_of, dispatc
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("strategy", ["all_to_all", "gather", "auto"])
 def test_an_exchange_and_its_backward_wait_as_often_as_they_count(two, strategy, frozen):
-    for both, stated in two.run(standin_cases.exchange, strategy, frozen):
+    for both, stated in two.run(device_cases.exchange, "standin", strategy, frozen):
         assert both.error < 1e-5
         assert both.ours == {"parallel.exchange.to_host": stated}
         assert stated == 1
@@ -88,7 +74,7 @@ def test_an_exchange_and_its_backward_wait_as_often_as_they_count(two, strategy,
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["expert", "gate"])
 def test_co_training_gives_the_weights_of_the_cpu_and_waits_twice_a_step(alone, kind, checkpointing):
-    ((both, forwards),) = alone.run(standin_cases.train, kind, checkpointing)
+    ((both, forwards),) = alone.run(device_cases.train, "standin", kind, checkpointing)
     assert both.error < 1e-3
     # Four steps, and a validation of each of three experts, whose best weights are then copied.
     assert both.ours == {
@@ -100,4 +86,4 @@ def test_co_training_gives_the_weights_of_the_cpu_and_waits_twice_a_step(alone, 
 
 
 def test_a_tensor_in_the_wrong_place_would_be_seen(alone):
-    alone.run(standin_cases.mistakes)
+    alone.run(device_cases.mistakes)

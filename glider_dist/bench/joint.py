@@ -93,7 +93,7 @@ def measure(way: Way, path: str, base_id: str) -> dict[str, Any]:
     config = deepspeed_config(cfg, ranks.world, train.learning_rate, trained.elements)
     engine = ExpertEngine(trained.experts, trained.gates, way.expert_parallel, config)
     extras = RouterExtras(cfg.joint, 0, ROUTER.top_k, len(context.banks))
-    packing = packing_for(base.device, None, None)
+    packing = packing_for(base.device, base.model, None, None)
 
     def scope(rows: Sequence[Row]) -> Any:
         return query_scores(base.model, torch.zeros(max(1, len(rows)), len(pool)))

@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from glider_dist.pool.files import write_json
 
 
 def interleave(
     variants: Mapping[str, Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one round to warm up.
+    """Seconds of each variant in each round, after one round to warm up; a GPU has finished when they end.
 
     Every round has an order of its own (the same in every process), as what ran before leaves its mark in caches
     and allocator: with one order for all, that is part of a variant's median.
@@ -27,12 +29,19 @@ def interleave(
     for repeat in range(rounds + 1):
         for name in random.Random(repeat).sample(list(variants), len(variants)):
             before()
+            _finish()
             started = time.perf_counter()
             variants[name]()
+            _finish()
             elapsed = time.perf_counter() - started
             if repeat:
                 seconds[name].append(elapsed)
     return seconds
+
+
+def _finish() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:

@@ -2,14 +2,14 @@
 
 ``glider-dist bench train [startup] [sharded] [mixing] [batches] [run_dir=FOLDER]``: all of them by default, about
 fifteen minutes on two cores. The base is SmolLM2-135M, the rows are random tokens, the experts have rank 16
-on every linear layer. One process with all its threads, but for the last table. Ways are timed in turn, and ratios
-are of medians.
+on every linear layer. One process with all its threads, or with a GPU where there is one, but for the last table.
+Ways are timed in turn, and ratios are of medians. What a GPU measures instead stands in brackets.
 
-    mixing    one step whose rows belong to 1, 4, 16 or 64 experts, equal tokens: 1,024 and 4,096
-    batches   16 experts together and one after another, 2 and 16 rows a step
-    startup   32 experts of 20 steps of 2 rows, and 8 of 10 steps of 16, from the start of Python: one process; one
-              process each with PEFT, by hand and with transformers' Trainer
-    sharded   two ranks, the base replicated and under ZeRO 3
+    mixing    one step whose rows belong to 1, 4, 16 or 64 experts, equal tokens: 1,024 and 4,096 [and 16,384]
+    batches   16 [64] experts together and one after another, 2 and 16 rows a step
+    startup   32 experts of 20 steps of 2 rows, and 8 of 10 steps of 16 [64 of 50 steps of 2 and of 16], from the
+              start of Python: one process; one process each with PEFT, by hand and with transformers' Trainer
+    sharded   two ranks on the CPU, the base replicated and under ZeRO 3
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from glider_dist.training.trainee import Recipe, Trainee
 
 BASE = "smollm2-135m"
 RANK, ALPHA, RATE, ANSWER, EXAMPLES = 16, 16, 1e-3, 4, 64
-ROUNDS, EXPERTS = 3, 16
-MIXED, ROW_LENGTHS = (1, 4, 16, 64), (16, 64)
+ROUNDS, EXPERTS, EXPERTS_ON_A_GPU = 3, 16, 64
+MIXED, ROW_LENGTHS, MORE_ON_A_GPU = (1, 4, 16, 64), (16, 64), (256,)
 PARTS = ("startup", "sharded", "mixing", "batches")
 """In the order in which they run: first what loads no base into this process."""
 
@@ -54,20 +54,24 @@ class Bench:
         self.collator = Collator(self.base, 512)
         self.shapes = {name: site.shape for name, site in linear_sites(self.base.model).items()}
 
+    @property
+    def on_a_gpu(self) -> bool:
+        return self.base.device.type == "cuda"
+
     def train(self, trainees: list[Trainee], slots: int, packing: Packing | None = None) -> CoTraining:
         """Train them, so many at a time."""
         made = ExpertSlots(self.shapes, slots, RANK, ALPHA, 0, torch.float32, self.base.device)
         runner = Runner(self.frozen, self.collator, made)
-        loop = CoTraining(runner, trainees, packing or packing_for(self.base.device, None, None))
+        loop = CoTraining(runner, trainees, packing or packing_for(self.base.device, self.base.model, None, None))
         with installed(self.base.model, (), made.seen(), gated=False, checkpointing=False):
             loop.run(lambda trainee, row: None)
         return loop
 
     def speed_of_light(self) -> float:
         """Operations a second of a square matrix product in the base's dtype."""
-        a = torch.randn(2048, 2048, device=self.base.device, dtype=self.base.dtype)
-        seconds = medians(interleave({"": lambda: float((a @ a)[0, 0])}, ROUNDS))[""]
-        return 2 * 2048**3 / seconds
+        width = 8192 if self.on_a_gpu else 2048
+        a = torch.randn(width, width, device=self.base.device, dtype=self.base.dtype)
+        return 2 * width**3 / medians(interleave({"": lambda: a @ a}, ROUNDS))[""]
 
 
 def rows(name: str, low: int, high: int) -> list[Encoded]:
@@ -88,7 +92,8 @@ def trainee(name: str, steps: int, batch: int, low: int = 12, high: int = 36) ->
 
 
 def mixing(bench: Bench) -> list[dict[str, Any]]:
-    return [row for length in ROW_LENGTHS for row in _mixing(bench, length)]
+    lengths = ROW_LENGTHS + (MORE_ON_A_GPU if bench.on_a_gpu else ())
+    return [row for length in lengths for row in _mixing(bench, length)]
 
 
 def _mixing(bench: Bench, length: int) -> list[dict[str, Any]]:
@@ -122,15 +127,16 @@ def batches(bench: Bench) -> list[dict[str, Any]]:
     """In one process, together and one after another."""
     peak = bench.speed_of_light()
     parameters = sum(p.numel() for p in bench.base.model.parameters())
-    print(f"\n{EXPERTS} experts in one process; matrix products reach {peak / 1e12:.2f} TFLOP/s here")
+    experts = EXPERTS_ON_A_GPU if bench.on_a_gpu else EXPERTS
+    print(f"\n{experts} experts in one process; matrix products reach {peak / 1e12:.2f} TFLOP/s here")
     found = []
     for batch, steps in ((2, 4), (16, 1)):
         loops: dict[int, CoTraining] = {}
 
         def way(slots: int, batch: int = batch, steps: int = steps, loops: dict[int, CoTraining] = loops) -> None:
-            loops[slots] = bench.train([trainee(str(index), steps, batch) for index in range(EXPERTS)], slots)
+            loops[slots] = bench.train([trainee(str(index), steps, batch) for index in range(experts)], slots)
 
-        ways = {"one after another": 1, "together": EXPERTS}
+        ways = {"one after another": 1, "together": experts}
         seconds = medians(interleave({name: partial(way, slots) for name, slots in ways.items()}, ROUNDS))
         for name, slots in ways.items():
             runner = loops[slots].runner
@@ -142,10 +148,10 @@ def batches(bench: Bench) -> list[dict[str, Any]]:
                 f"{padding:4.1f} % padding, {reached:4.1f} % of the products' speed"
             )
             numbers = {"s": seconds[name], "tokens/s": rate, "% padding": padding, "% of products": reached}
-            found.append({"way": name, "experts": EXPERTS, "steps": steps, "batch": batch, **numbers})
+            found.append({"way": name, "experts": experts, "steps": steps, "batch": batch, **numbers})
         ratio = seconds["one after another"] / seconds["together"]
         print(f"{batch:3} rows a step: together is {ratio:.2f} times as fast", flush=True)
-    loop = loops[EXPERTS]
+    loop = loops[experts]
     print(
         f"an expert in training takes {loop.slots.bytes_per_expert / 1e6:.1f} MB of weights and gradients and "
         f"{loop.optimizer.bytes_per_expert / 1e6:.1f} MB of moments"

@@ -22,24 +22,25 @@ from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.sites import linear_sites, peft_targets
 from glider_dist.parallel.ranks import start_ranks
 
-PEFT_RUNS = 3
-
 
 @dataclass(frozen=True)
 class Load:
-    """So many experts, each of so many steps of so many rows."""
+    """So many experts, each of so many steps of so many rows; ``runs`` of PEFT's processes are timed."""
 
     experts: int
     steps: int
     batch: int
+    runs: int = 3
 
 
 LOADS = (Load(32, 20, 2), Load(8, 10, 16))
+ON_A_GPU = (Load(64, 50, 2, runs=1), Load(64, 50, 16, runs=1))
 
 
 def run() -> list[dict[str, Any]]:
-    """Print a table for each of :data:`LOADS`."""
-    return [{**asdict(load), **row} for load in LOADS for row in _compare(load)]
+    """Print a table for each of :data:`LOADS`, or of :data:`ON_A_GPU`; there the peak is the GPU's memory."""
+    loads = ON_A_GPU if torch.cuda.is_available() else LOADS
+    return [{**asdict(load), **row} for load in loads for row in _compare(load)]
 
 
 def _compare(load: Load) -> list[dict[str, Any]]:
@@ -61,12 +62,12 @@ def _compare(load: Load) -> list[dict[str, Any]]:
     ours = process("one-job")
     rows = [row("one process", ours, 1, ours)]
     for name, word in (("PEFT by hand", "one-peft"), ("PEFT with the Trainer", "one-trainer")):
-        found = [process(word, str(index)) for index in range(PEFT_RUNS)]
+        found = [process(word, str(index)) for index in range(load.runs)]
         one = {key: statistics.median(each[key] for each in found) for key in found[0]}
         rows.append(row(name, one, load.experts, ours))
     print(
         f"\n{load.experts} experts of {load.steps} steps of {load.batch} rows, from the start of Python; "
-        f"{PEFT_RUNS} of PEFT's processes were run, their medians count {load.experts} times\n{table(rows)}",
+        f"{load.runs} of PEFT's processes were run, their medians count {load.experts} times\n{table(rows)}",
         flush=True,
     )
     return rows
@@ -122,8 +123,13 @@ def _told(work: Callable[[], Any]) -> None:
     """Do it, and print its seconds and this process's peak memory for :func:`run`."""
     started = time.perf_counter()
     work()
+    if on_a_gpu := torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}))
+    peak = torch.cuda.max_memory_allocated() / 1e6
+    if not on_a_gpu:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print(json.dumps({"seconds": seconds, "peak_mb": peak}))
 
 
 def _process(kind: str, experts: str, steps: str, batch: str, name: str = "") -> None:

@@ -6,6 +6,7 @@ Legend: T tokens, K experts per token, R = rows (one per token and expert), E ex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,6 @@ class Plan:
         weight: ``[R]`` fp32, the weight of each row (differentiable).
         expert: ``[R]`` int64, the expert of each row, ascending.
         ends: ``[E]`` int32, where each expert's rows end.
-        counts: ``[E]`` int64, rows per expert, padding excluded.
         equal: whether every expert has the same number of rows, padding included.
     """
 
@@ -36,8 +36,12 @@ class Plan:
     weight: torch.Tensor
     expert: torch.Tensor
     ends: torch.Tensor
-    counts: torch.Tensor
     equal: bool = False
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """``[E]`` int64, rows per expert, padding included."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1)).to(torch.int64)
 
 
 def plan_rows(route: Route, num_experts: int, rows: int | None = None) -> Plan:
@@ -59,10 +63,9 @@ def plan_rows(route: Route, num_experts: int, rows: int | None = None) -> Plan:
         order = ids_R.masked_fill(ids_R < 0, num_experts).argsort(stable=True)[:rows]
     expert_R = ids_R[order]
     # The rows are sorted, so a search finds where each expert's end: no counting pass, no host sync.
-    ends_E = torch.searchsorted(expert_R, torch.arange(num_experts, device=ids_R.device), right=True)
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    ends_E = ends_E.to(torch.int32)
-    return Plan(order // top_k, weight_R[order], expert_R, ends_E, counts_E)
+    experts_E = torch.arange(num_experts, device=ids_R.device)
+    ends_E = torch.searchsorted(expert_R, experts_E, right=True, out_int32=True)
+    return Plan(order // top_k, weight_R[order], expert_R, ends_E)
 
 
 def fitted(plan: Plan, bank: SiteBank, x_Td: torch.Tensor) -> tuple[Plan, SiteBank]:
@@ -79,10 +82,8 @@ def fitted(plan: Plan, bank: SiteBank, x_Td: torch.Tensor) -> tuple[Plan, SiteBa
     if rows < bank.num_experts // 2 and not is_one_kernel(x_Td.device, dtype):
         active = plan.expert.unique_consecutive()
         bank = bank.select(active)
-        ends = torch.searchsorted(plan.expert, active, right=True)
-        counts = ends.diff(prepend=ends.new_zeros(1))
-        place = torch.searchsorted(active, plan.expert)
-        plan = Plan(plan.token, plan.weight, place, ends.to(torch.int32), counts)
+        ends = torch.searchsorted(plan.expert, active, right=True, out_int32=True)
+        plan = Plan(plan.token, plan.weight, torch.searchsorted(active, plan.expert), ends)
     if x_Td.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         mean = rows // bank.num_experts
         multiple = 64 if mean >= 32 else 16 if mean >= 4 else 4
@@ -98,10 +99,11 @@ def pad_groups(plan: Plan, multiple: int, equal: bool = False) -> Plan:
     Args:
         equal: lengthen all of them as much as the longest.
     """
-    counts_E = plan.counts.amax().expand_as(plan.counts) if equal else plan.counts
-    padded_E = (counts_E + multiple - 1) // multiple * multiple
+    counts_E = plan.counts
+    padded_E = counts_E.amax().expand_as(counts_E) if equal else counts_E
+    padded_E = (padded_E + multiple - 1) // multiple * multiple
     ends_E = padded_E.cumsum(0)
-    shift_E = (ends_E - padded_E) - (plan.counts.cumsum(0) - plan.counts)
+    shift_E = (ends_E - padded_E) - (counts_E.cumsum(0) - counts_E)
     slot_R = torch.arange(plan.token.shape[0], device=plan.token.device) + shift_E[plan.expert]
     rows = int(ends_E[-1]) if len(ends_E) else 0
     experts = torch.arange(len(padded_E), device=plan.token.device)
@@ -110,7 +112,6 @@ def pad_groups(plan: Plan, multiple: int, equal: bool = False) -> Plan:
         plan.weight.new_zeros(rows).index_copy(0, slot_R, plan.weight),
         experts.repeat_interleave(padded_E, output_size=rows),
         ends_E.to(torch.int32),
-        plan.counts,
         equal,
     )
 
@@ -121,8 +122,13 @@ def row_outputs(x_Td: torch.Tensor, bank: SiteBank, plan: Plan, at_R: torch.Tens
     h_Rr = grouped_product(x_Rd, bank.A.to(x_Rd.dtype).transpose(1, 2), plan.ends, plan.equal)
     # The weight is applied in rank space, in fp32: r numbers a row instead of o.
     factor_R = plan.weight * bank.scale.to(plan.weight.dtype)[plan.expert]
-    h_Rr = (h_Rr.to(factor_R.dtype) * factor_R[:, None]).to(x_Rd.dtype)
+    h_Rr = scaled(h_Rr, factor_R[:, None])
     return grouped_product(h_Rr, bank.B.to(h_Rr.dtype), plan.ends, plan.equal)
+
+
+def scaled(h: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``h * factor`` in the wider dtype, rounded to that of ``h``; in place where no gradient is wanted."""
+    return (h * factor).to(h.dtype) if torch.is_grad_enabled() else h.mul_(factor)
 
 
 def add_experts(
@@ -170,12 +176,33 @@ def is_small(x_Td: torch.Tensor, bank: SiteBank, places: int) -> bool:
     and 1536) a sorted row costs about twice its arithmetic, and the sorting as much as ``sorting`` products of a
     token with a row of A and B.
     """
+    if x_Td.device.type != "cpu":
+        return _is_small_on_a_gpu(x_Td, bank, places)
     experts, rank, _ = bank.A.shape
     if x_Td.shape[0] > 192 or not 0 < experts * rank <= 320:
         return False
     idle = x_Td.shape[0] * rank * max(0, experts - 2 * places)
-    sorting = 20_000 if x_Td.dtype in (torch.bfloat16, torch.float16) else 5_000
-    return x_Td.device.type != "cpu" or idle <= sorting
+    return idle <= (20_000 if x_Td.dtype in (torch.bfloat16, torch.float16) else 5_000)
+
+
+# Measured on an H100 (bench layer): what sorting costs besides the rows' own copies, mostly the launches of some
+# twenty kernels, and what dense products and copies reach.
+_SORTING_S, _GROUP_S = 4e-4, 2e-5
+_HALF_FLOPS, _FULL_FLOPS, _BANDWIDTH = 4e14, 3e13, 2.5e12
+
+
+def _is_small_on_a_gpu(x_Td: torch.Tensor, bank: SiteBank, places: int) -> bool:
+    """The same on a GPU, where idle experts cost little and launches much: so it is up to hundreds of experts."""
+    (tokens, width), element = x_Td.shape, x_Td.element_size()
+    columns, out = bank.A.shape[0] * bank.A.shape[1], bank.B.shape[2]
+    if not columns or (torch.is_grad_enabled() and columns > places * (width + out)):
+        return False  # what a backward keeps: all experts' places in rank space, or the rows' inputs and outputs
+    half = x_Td.dtype in (torch.bfloat16, torch.float16)
+    moved = columns * (width + out) * bank.A.element_size() + 3 * tokens * columns * element
+    every = 2 * tokens * columns * (width + out) / (_HALF_FLOPS if half else _FULL_FLOPS) + moved / _BANDWIDTH
+    groups = 0 if is_one_kernel(x_Td.device, x_Td.dtype) else min(bank.A.shape[0], tokens * places)
+    copied = 4 * tokens * places * (width + out) * element
+    return every <= _SORTING_S + _GROUP_S * groups + copied / _BANDWIDTH
 
 
 def add_all_experts(
@@ -185,22 +212,41 @@ def add_all_experts(
     x_td = x_Td if tokens is None else x_Td.index_select(0, tokens)
     experts, rank, _ = bank.A.shape
     weight_tE = route.weights.new_zeros(x_td.shape[0], experts)
-    # Unused places (-1) have weight 0, so they may add to any expert.
-    weight_tE = weight_tE.scatter_add(1, route.expert_ids.clamp_min(0), route.weights)
+    if route.ragged:
+        # Unused places (-1) have weight 0, so they may add to any expert.
+        weight_tE = weight_tE.scatter_add_(1, route.expert_ids.clamp_min(0), route.weights)
+    else:
+        weight_tE = weight_tE.scatter_(1, route.expert_ids, route.weights)
     factor_tE = weight_tE * bank.scale.to(weight_tE.dtype)
     h_tEr = F.linear(x_td, bank.A.to(x_td.dtype).flatten(0, 1)).view(-1, experts, rank)
-    h_tR = (h_tEr.to(factor_tE.dtype) * factor_tE[:, :, None]).to(x_td.dtype).flatten(1)
+    h_tR = scaled(h_tEr, factor_tE[:, :, None]).flatten(1)
     b_Ro = bank.B.to(h_tR.dtype).flatten(0, 1)
     if tokens is None:
         return torch.addmm(y_To, h_tR, b_Ro) if y_To.dtype == h_tR.dtype else y_To + h_tR @ b_Ro
     return y_To.index_add(0, tokens, (h_tR @ b_Ro).to(y_To.dtype))
 
 
-def count_rows(route: Route, num_experts: int) -> torch.Tensor:
-    """Rows per expert ``[E]`` int64, without a host sync."""
-    ids_R = route.expert_ids.flatten()
-    one_R = (ids_R >= 0).to(torch.int64) if route.ragged else torch.ones_like(ids_R)
-    return ids_R.new_zeros(num_experts).scatter_add_(0, ids_R.clamp_min(0) if route.ragged else ids_R, one_R)
+def count_rows(
+    expert_ids: torch.Tensor, num_experts: int, ragged: bool = False, before: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows per expert ``[E]`` int64, added in place to ``before`` if given; without a host sync.
+
+    Args:
+        expert_ids: int64 of any shape; -1, which counts for none, only if ``ragged``.
+    """
+    ids_R = expert_ids.flatten()
+    if before is None:
+        with torch.inference_mode(False):  # else only forwards in inference mode could add to them
+            before = torch.zeros(num_experts, dtype=torch.int64, device=ids_R.device)
+    if ragged:
+        return before.scatter_add_(0, ids_R.clamp_min(0), (ids_R >= 0).to(torch.int64))
+    return before.scatter_add_(0, ids_R, _one(ids_R.device).expand(ids_R.shape))
+
+
+@cache
+def _one(device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.ones((), dtype=torch.int64, device=device)
 
 
 def add_single_expert(
@@ -214,5 +260,5 @@ def add_single_expert(
     h_Tr = F.linear(x_Td, bank.A[0].to(x_Td.dtype))
     scale = bank.scale.to(torch.promote_types(x_Td.dtype, torch.float32))
     factor = scale if weight_T is None else (weight_T * scale)[:, None]
-    h_Tr = (h_Tr.to(factor.dtype) * factor).to(x_Td.dtype)
+    h_Tr = scaled(h_Tr, factor)
     return torch.addmm(y_To, h_Tr, bank.B[0].to(h_Tr.dtype))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from glider_dist.lora.apply import scaled
 from glider_dist.lora.bank import SiteBank
 from glider_dist.routing.local import exact_product
 
@@ -37,7 +38,8 @@ class Blocks:
         """The fewest blocks: those of the greatest length that divides every run of queries with one expert."""
         runs = [len(list(run)) for _, run in itertools.groupby(expert_of_query)]
         chosen = list(expert_of_query[:: math.gcd(*runs) or 1])
-        return Blocks(torch.tensor(chosen, dtype=torch.int64, device=device), chosen == list(range(num_experts)))
+        chosen_G = torch.tensor(chosen, dtype=torch.int64).to(device, non_blocking=True)
+        return Blocks(chosen_G, chosen == list(range(num_experts)))
 
     def fit(self, x_Td: torch.Tensor, bank: SiteBank) -> bool:
         """Whether a block has as many tokens as an expert has rows, so that its weights are worth a copy."""
@@ -70,6 +72,6 @@ def add_blocks(
     if gates_Ed is not None:
         gates_Gd1 = of_blocks(gates_Ed).to(exact)[:, :, None]
         factor_G11 = factor_G11 * exact_product(x_Gtd.to(exact), gates_Gd1).sigmoid()
-    h_Gtr = (h_Gtr.to(exact) * factor_G11).to(x_Td.dtype)
+    h_Gtr = scaled(h_Gtr, factor_G11)
     out_Gto = torch.bmm(h_Gtr, of_blocks(bank.B).to(x_Td.dtype))
     return y_To + out_Gto.view_as(y_To).to(y_To.dtype)

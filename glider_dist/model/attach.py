@@ -242,7 +242,7 @@ def query_scores(model: nn.Module, similarity: torch.Tensor) -> Iterator[None]:
             multiple of the queries.
     """
     context = context_of(model)
-    with context.scores(similarity.to(device_of(model))):
+    with context.scores(similarity.to(device_of(model), non_blocking=True)):
         yield
 
 
@@ -276,7 +276,7 @@ def routing_stats(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         GliderError: the model has no pool.
     """
-    return {site: counts.cpu() for site, counts in context_of(model).counts.items()}
+    return {site: counts.to("cpu", copy=True) for site, counts in context_of(model).counts.items()}
 
 
 def reset_routing_stats(model: nn.Module) -> None:

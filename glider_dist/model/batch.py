@@ -119,8 +119,8 @@ class Collator:
             for row, answer in enumerate(answers)
             for place, target in enumerate(answer)
         ]
-        found, rows, columns = torch.tensor(places, dtype=torch.int64).view(-1, 3).t().contiguous().to(self.device)
-        counts = torch.tensor([len(answer) for answer in answers], device=self.device)
+        found, rows, columns = self._there(torch.tensor(places, dtype=torch.int64).view(-1, 3).t().contiguous())
+        counts = self._there(torch.tensor([len(answer) for answer in answers]))
         made = partial(Batch, answers=found, rows=rows, columns=columns, length=length, targets=counts)
         if self.seq2seq:
             inputs: dict[str, Any] = self.prompts(encoded)
@@ -151,7 +151,11 @@ class Collator:
             where = slice(width - len(row), width) if left else slice(0, len(row))
             ids[index, where] = torch.tensor(row, dtype=torch.int64)
             mask[index, where] = 1
-        return ids.to(self.device), mask.to(self.device)
+        return self._there(ids), self._there(mask)
+
+    def _there(self, tensor: torch.Tensor) -> torch.Tensor:
+        # Without waiting for what a GPU still has to do: when this returns, CUDA has read the (pageable) memory.
+        return tensor.to(self.device, non_blocking=True)
 
 
 def target_nll(model: Any, batch: Batch) -> torch.Tensor:

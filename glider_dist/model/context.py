@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -38,6 +39,8 @@ from glider_dist.routing.strategies import (
     needs_scores,
     route_tokens,
 )
+
+_T = TypeVar("_T")
 
 
 class RoutingContext:
@@ -71,7 +74,7 @@ class RoutingContext:
         self.banks = banks
         self.gates = gates
         self.prototypes = Prototypes(gates)
-        self.stacks = Stacks(model, self._forget_inputs)
+        self.stacks = Stacks(model, self._forget)
         self.dispatch = dispatch
         self.shared = SharedInputs()
         self._eligible = {site: mask for site, mask in (eligible or {}).items() if not bool(mask.all())}
@@ -87,7 +90,7 @@ class RoutingContext:
         self._derived: dict[tuple[object, ...], dict[str, SiteBank]] = {}
         self._scores: QueryScores | None = None
         self._assigned_B: torch.Tensor | None = None
-        self._last_input: tuple[torch.Tensor, Tokens, Inputs] | None = None
+        self._made: dict[str, tuple[tuple[object, ...], Any]] = {}
 
     def use(self, router: RouterConfig) -> None:
         """Switch the router; merged experts, experts less the general ones and prototypes are made once each.
@@ -197,7 +200,7 @@ class RoutingContext:
         x_Td = x_Td if tokens.keep is None else x_Td.index_select(0, tokens.keep)
         routes = [self.route(site, x, tokens, self.banks[site]) for site in sites]
         for site, route in zip(sites, routes, strict=True):
-            self.count(site, count_rows(route, len(self.names)))
+            self.count(site, route.expert_ids, route.ragged)
         return self.dispatch(x_Td, sites, routes, [self.banks[site] for site in sites])
 
     def local_ids(self, route: Route) -> Route:
@@ -207,7 +210,7 @@ class RoutingContext:
     @contextlib.contextmanager
     def assigned(self, experts: Sequence[int], device: torch.device) -> Iterator[None]:
         """Serve query b by expert ``experts[b]`` alone, whatever the router; ids follow :attr:`names`."""
-        expert_B = torch.tensor(experts, dtype=torch.int64, device=device)
+        expert_B = torch.tensor(experts, dtype=torch.int64).to(device, non_blocking=True)
         blocks = Blocks.of(experts, len(self.names), device) if self.dispatch is None else None
         before = self._assigned_B, self.blocks
         self._assigned_B, self.blocks = expert_B, blocks
@@ -216,11 +219,11 @@ class RoutingContext:
         finally:
             self._assigned_B, self.blocks = before
 
-    def assigned_counts(self, tokens: Tokens) -> torch.Tensor:
-        """Real tokens of each expert under the assignment; ``[E]`` int64."""
-        assert self._assigned_B is not None
-        ids_T = self._assigned_B[tokens.query_of(self._assigned_B.shape[0])]
-        return ids_T.new_zeros(len(self.names)).scatter_add_(0, ids_T, torch.ones_like(ids_T))
+    def _assigned_ids(self, tokens: Tokens) -> torch.Tensor:
+        """``[T]`` int64 the expert of each real token under the assignment."""
+        expert_B = self._assigned_B
+        assert expert_B is not None
+        return self._once("ids", (tokens, expert_B), lambda: expert_B[tokens.query_of(expert_B.shape[0])])
 
     def route(self, site: str, x: torch.Tensor, tokens: Tokens, bank: SiteBank) -> Route:
         """Choose experts for the real tokens of one layer's input ``[..., d]``."""
@@ -228,12 +231,9 @@ class RoutingContext:
         if self._assigned_B is not None:
             kept_Td = x_Td if tokens.keep is None else x_Td[tokens.keep]
             gates = self.gates[site] if self.gated else None
-            row_T = tokens.query_of(self._assigned_B.shape[0])
-            return assigned_route(self._assigned_B, row_T, kept_Td, gates)
-        bias_TE, queries = None, self._scores
-        if queries is not None and queries.bias_BE is not None:
-            bias_TE = queries.bias_BE[tokens.query_of(queries.bias_BE.shape[0])]
-        elif needs_scores(self.router):
+            return assigned_route(self._assigned_ids(tokens), kept_Td, gates)
+        bias_TE, queries = self._bias(tokens), self._scores
+        if bias_TE is None and needs_scores(self.router):
             raise GliderError(
                 f"router {self.router.kind!r} needs the queries' similarities to the experts; "
                 "run the model inside glider_dist.query_scores(model, similarity)"
@@ -270,20 +270,35 @@ class RoutingContext:
         x_Td = at_least_fp32(x_Td)
         return exact_product(x_Td, self.gates[site][0].to(x_Td.dtype)).sigmoid()
 
-    def count(self, site: str, counts_E: torch.Tensor) -> None:
-        # Not again when activations are recomputed in a backward pass.
+    def count(self, site: str, expert_ids: torch.Tensor, ragged: bool = False) -> None:
+        """Add rows to those of a site, unless activations are recomputed in a backward pass."""
         if not in_backward():
-            self.counts[site] = self.counts[site] + counts_E if site in self.counts else counts_E
+            self.counts[site] = count_rows(expert_ids, len(self.names), ragged, self.counts.get(site))
 
-    def _forget_inputs(self) -> None:
+    def count_assigned(self, site: str, tokens: Tokens) -> None:
+        """Add the real tokens of each assigned expert."""
+        self.count(site, self._assigned_ids(tokens))
+
+    def _forget(self) -> None:
         # Activations would else stay until the next forward.
-        self._last_input = None
+        self._made.clear()
         self.shared.finish()
 
+    def _once(self, what: str, of: tuple[object, ...], make: Callable[[], _T]) -> _T:
+        """What several layers of a forward need, made from the same objects once."""
+        known = self._made.get(what)
+        if known is None or any(a is not b for a, b in zip(known[0], of, strict=True)):
+            known = self._made[what] = (of, make())
+        found: _T = known[1]
+        return found
+
+    def _bias(self, tokens: Tokens) -> torch.Tensor | None:
+        """The queries' part of each token's scores ``[T, E]``, the same at all sites of a stack."""
+        if self._scores is None or (bias_BE := self._scores.bias_BE) is None:
+            return None
+        return self._once("bias", (tokens, bias_BE), lambda: bias_BE[tokens.query_of(bias_BE.shape[0])])
+
     def _inputs(self, x: torch.Tensor, x_Td: torch.Tensor, tokens: Tokens) -> Inputs:
-        # q, k and v (gate and up) are handed the same tensor object: this is computed once.
-        last = self._last_input
-        if last is None or last[0] is not x or last[1] is not tokens:
-            last = (x, tokens, Inputs.of(x_Td if tokens.keep is None else x_Td[tokens.keep]))
-            self._last_input = last
-        return last[2]
+        # q, k and v (gate and up) are handed the same tensor object.
+        keep = tokens.keep
+        return self._once("inputs", (x, tokens), lambda: Inputs.of(x_Td if keep is None else x_Td[keep]))

@@ -12,7 +12,6 @@ from glider_dist.lora.apply import (
     add_all_experts,
     add_experts,
     add_single_expert,
-    count_rows,
     is_small,
     plan_rows,
 )
@@ -55,11 +54,11 @@ class RoutedLinear(nn.Module):
             return (y_To + delta_to if keep is None else y_To.index_add(0, keep, delta_to)).view_as(y)
         tokens = context.stacks.tokens_of(self.stack, x)
         if (blocks := context.blocks) is not None and blocks.fit(x_Td, bank):
-            context.count(self.site, context.assigned_counts(tokens))
+            context.count_assigned(self.site, tokens)
             gates = context.gates[self.site] if context.gated else None
             return add_blocks(y_To, x_Td, bank, blocks, gates).view_as(y)
         route = context.route(self.site, x, tokens, bank)
-        context.count(self.site, count_rows(route, len(context.names)))
+        context.count(self.site, route.expert_ids, route.ragged)
         route = context.local_ids(route)
         if is_small(x_Td, bank, route.expert_ids.shape[1]):
             return add_all_experts(y_To, x_Td, bank, route, tokens.keep).view_as(y)

@@ -81,6 +81,10 @@ class Stacks:
             self.modules = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}  # type: ignore[operator]
         else:
             self.modules = {"decoder": getattr(model, "base_model", model)}
+        # The first stack that holds a module: an encoder's are no part of the decoder's.
+        self.stack_of_module = {
+            inner: name for name, stack in reversed(self.modules.items()) for inner in stack.modules()
+        }
         for name, module in self.modules.items():
             signature = inspect.signature(module.forward)
 
@@ -92,11 +96,8 @@ class Stacks:
 
     def stack_of(self, site: nn.Module) -> str:
         """The name of the stack that holds this module."""
-        for name, module in self.modules.items():
-            if any(site is inner for inner in module.modules()):
-                return name
-        # The encoder, where there is one: the layer may project its states to the decoder's width.
-        return next(iter(self.modules))
+        # Else the encoder, where there is one: the layer may project its states to the decoder's width.
+        return self.stack_of_module.get(site) or next(iter(self.modules))
 
     def _observe(self, name: str, arguments: dict[str, Any]) -> None:
         arguments = {**arguments.get("kwargs", {}), **arguments}
@@ -150,7 +151,7 @@ class Stacks:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles, self.tokens, self.cross = [], {}, None
+        self.handles, self.tokens, self.cross, self.stack_of_module = [], {}, None, {}
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

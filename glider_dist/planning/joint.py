@@ -35,7 +35,7 @@ def plan_joint(target: Target) -> StagePlan:
             f"train-joint: a step has {recipe.batch_size} examples for {target.world} ranks, so that some would "
             "have none; raise joint.batch_size, or use fewer ranks"
         )
-    packing = packing_for(target.device, train.micro_batch_tokens, train.micro_batch_size)
+    packing = packing_for(target.device, target.base.model, train.micro_batch_tokens, train.micro_batch_size)
     rows = [Row("", target.row(), place) for place in range(recipe.batch_size)]
     micros = micro_batches(rows, target.world, packing)[0]
     largest = max(micros, key=len)

@@ -40,7 +40,7 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
     count = slots_for(target.device, train.experts_in_flight, mine)
     slots = _slots(target, target.shapes, count, gate)
     optimizer = StackedAdamW(slots.weights)
-    packing = packing_for(target.device, train.micro_batch_tokens, train.micro_batch_size)
+    packing = packing_for(target.device, target.base.model, train.micro_batch_tokens, train.micro_batch_size)
     rows: list[Encoded] = [target.row()] * -(-recipe.batch_size // replicas)
     micros = micro_batches(dict.fromkeys(range(count), rows), packing)
     largest = max(micros, key=lambda micro: (len(micro.items), micro.hi - micro.lo))

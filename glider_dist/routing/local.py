@@ -15,13 +15,14 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def exact_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b`` in their own dtype, also where ``torch.autocast`` would round both to half precision."""
+def exact_product(a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+    """``a @ b`` (``plus`` a matrix) in their own dtype, also where ``torch.autocast`` would round both to half
+    precision."""
     device = a.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return a @ b
-    with torch.autocast(device, enabled=False):
-        return a @ b
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return exact_product(a, b, plus)
+    return a @ b if plus is None else torch.addmm(plus, a, b)
 
 
 _EPS = 1e-5
@@ -37,28 +38,35 @@ class Inputs(NamedTuple):
     """What gate scores need of a site's tokens.
 
     Attributes:
-        x_Td: ``[T, d]`` the tokens.
+        x_Td: ``[T, d]`` the tokens, or their LayerNorm if ``inverse_T`` is None.
         inverse_T: ``[T]`` ``1 / sqrt(var(x) + 1e-5)``, by which LayerNorm multiplies.
     """
 
     x_Td: torch.Tensor
-    inverse_T: torch.Tensor
+    inverse_T: torch.Tensor | None
 
     @classmethod
     def of(cls, x_Td: torch.Tensor) -> Inputs:
         x_Td = at_least_fp32(x_Td)
+        if x_Td.device.type != "cpu":
+            return cls(F.layer_norm(x_Td, x_Td.shape[-1:], eps=_EPS), None)  # the fewest kernels
         # Two plain reductions, which a CPU does several times as fast as a LayerNorm.
         square_T = torch.linalg.vector_norm(x_Td, dim=-1).square() / x_Td.shape[-1]
         variance_T = (square_T - x_Td.mean(-1).square()).clamp_min(0)
         return cls(x_Td, (variance_T + _EPS).rsqrt())
 
 
-def gate_scores(inputs: Inputs, prototypes_Ed: torch.Tensor) -> torch.Tensor:
-    """``l_e = LN(u) · LN(v_e) / sqrt(d)`` (PHATGOOSE and GLIDER, ``layers.py:361``); ``[T, E]``.
+def gate_scores(inputs: Inputs, prototypes_Ed: torch.Tensor, bias_TE: torch.Tensor | None = None) -> torch.Tensor:
+    """``l_e = LN(u) · LN(v_e) / sqrt(d)`` (PHATGOOSE and GLIDER, ``layers.py:361``), plus ``bias_TE``; ``[T, E]``.
 
     The mean of u need not be subtracted: that of the prototypes is 0.
     """
-    return exact_product(inputs.x_Td, prototypes_Ed.t().to(inputs.x_Td.dtype)) * inputs.inverse_T[:, None]
+    x_Td, inverse_T = inputs
+    prototypes_dE = prototypes_Ed.t().to(x_Td.dtype)
+    if inverse_T is None:
+        return exact_product(x_Td, prototypes_dE, None if bias_TE is None else bias_TE.to(x_Td.dtype))
+    scores_TE = exact_product(x_Td, prototypes_dE) * inverse_T[:, None]
+    return scores_TE if bias_TE is None else scores_TE + bias_TE
 
 
 def arrow_prototypes(a_Erd: torch.Tensor, b_Eor: torch.Tensor) -> torch.Tensor:

@@ -55,18 +55,14 @@ def top_p_route(scores_TE: torch.Tensor, p: float, at_most: int) -> Route:
     return Route(ids_TK.masked_fill(kept_TK.isneginf(), -1), _weights(kept_TK), ragged=True)
 
 
-def assigned_route(
-    expert_B: torch.Tensor, row_T: torch.Tensor, x_Td: torch.Tensor, gates_Ed: torch.Tensor | None
-) -> Route:
-    """One expert per query with weight 1, or ``σ(v·u)`` with the raw gate vector (gate training).
+def assigned_route(ids_T: torch.Tensor, x_Td: torch.Tensor, gates_Ed: torch.Tensor | None) -> Route:
+    """One expert per token with weight 1, or ``σ(v·u)`` with the raw gate vector (gate training).
 
     Args:
-        expert_B: ``[B]`` expert of each query.
-        row_T: ``[T]`` query of each token.
+        ids_T: ``[T]`` int64 the expert of each token.
         x_Td: ``[T, d]`` the tokens.
         gates_Ed: ``[E, d]`` raw gate vectors, or None.
     """
-    ids_T = expert_B[row_T]
     if gates_Ed is None:
         weight_T = torch.ones(ids_T.shape, dtype=at_least_fp32(x_Td[:0]).dtype, device=x_Td.device)
     else:

@@ -176,11 +176,12 @@ def route_tokens(
     """
     scores_TE: torch.Tensor | None = None
     if strategy.compares_normalised and prototypes_Ed is not None:
-        scores_TE = gate_scores(inputs or Inputs.of(x_Td), prototypes_Ed)
+        scores_TE = gate_scores(inputs or Inputs.of(x_Td), prototypes_Ed, bias_TE)
     elif strategy.by_weights and prototypes_Ed is not None:
         scores_TE = arrow_scores(x_Td, prototypes_Ed, config.temperature)
-    if bias_TE is not None:
-        scores_TE = bias_TE if scores_TE is None else scores_TE + bias_TE
+        scores_TE = scores_TE if bias_TE is None else scores_TE + bias_TE
+    elif bias_TE is not None:
+        scores_TE = bias_TE
     if scores_TE is None:
         raise GliderError(
             f"router {config.kind!r} needs the queries' similarities to the experts; "

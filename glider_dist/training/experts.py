@@ -191,7 +191,7 @@ def _train(
     train, ranks = job.cfg.train, job.ranks
     slots = make(slots_for(job.base.device, train.experts_in_flight, len(mine)))
     runner = Runner(job.frozen, job.collator, slots)
-    packing = packing_for(job.base.device, train.micro_batch_tokens, train.micro_batch_size)
+    packing = packing_for(job.base.device, job.base.model, train.micro_batch_tokens, train.micro_batch_size)
     depends = {trainee.name: facts_of(trainee, **facts(trainee.name)) for trainee in mine}
     files = job.checkpoints(kind, train.keep_last)
     interval = Interval(train.save_steps, train.save_minutes)

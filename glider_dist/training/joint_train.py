@@ -102,7 +102,9 @@ def _train(
     ensure_group(job.base.device)
     config = deepspeed_config(cfg, job.ranks.world, recipe.learning_rate, trained.elements)
     engine = ExpertEngine(trained.experts, trained.gates, _parallel(job), config)
-    packing = packing_for(job.base.device, cfg.train.micro_batch_tokens, cfg.train.micro_batch_size)
+    packing = packing_for(
+        job.base.device, job.base.model, cfg.train.micro_batch_tokens, cfg.train.micro_batch_size
+    )
     loop = JointLoop(job.frozen.model, job.collator, engine, trained, scope, recipes, packing, extras)
     if job.ranks.is_main:
         mb = {key: value / 1e6 for key, value in engine.local_bytes.items()}

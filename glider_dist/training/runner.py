@@ -50,7 +50,7 @@ def assigned_nll(
         nll_B = target_nll(model, batch)
         if weight_B is not None:
             # In here, as checkpointed layers run again in the backward and must find their expert.
-            (nll_B * weight_B.to(nll_B)).sum().backward()
+            (nll_B * weight_B.to(nll_B, non_blocking=True)).sum().backward()
     return nll_B.detach()
 
 

@@ -1,4 +1,5 @@
-"""The same work on the CPU and on the stand-in device, within processes of their own: see test_standin.py."""
+"""The same work on the CPU and on another device, within processes of their own: the stand-in (test_standin.py) or
+a GPU (test_gpu.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ import rank_cases
 import torch
 from rank_cases import Case
 from routed_models import ALPHAS, MODELS
-from standin import CPU, DEVICE, StandIn, stand_in
 
 import glider_dist as gd
 from glider_dist.evaluation.choices import rank_choices
@@ -34,21 +34,37 @@ from glider_dist.tasks.prompt import answer
 from glider_dist.tasks.task import Example, Task
 from glider_dist.testing import tiny_tokenizer
 
+Waits = Counter[str]
+CPU = torch.device("cpu")
 LENGTHS = (9, 5, 7)
+ROUTERS = {
+    "glider": {},
+    "top-p": {"top_p": 0.5},
+    "shortlist": {"shortlist": 3},
+    "phatgoose": {"kind": "phatgoose"},
+    "global": {"kind": "global"},
+    "arrow": {"kind": "arrow"},
+    "arrow_general": {"kind": "arrow", "general": ("expert_0",)},
+    "lag": {"kind": "lag"},
+    "merged": {"kind": "merged"},
+    "ties": {"kind": "ties"},
+}
+# The real tokens of a forward are counted once for each stack that reads a mask.
+MASK = "model.tokens.find_tokens"
 
 
 @dataclass(frozen=True)
 class Both:
-    """What the CPU and the stand-in made of the same work, and where the host waited for the stand-in."""
+    """What the CPU and the device made of the same work, and where the host waited for the device."""
 
     cpu: list[torch.Tensor]
-    standin: list[torch.Tensor]
+    far: list[torch.Tensor]
     waits: Counter[str]
 
     @property
     def error(self) -> float:
         """The largest difference, relative to the largest number; NaN if any number is."""
-        pairs = [(a, b) for a, b in zip(self.cpu, self.standin, strict=True) if a.numel()]
+        pairs = [(a, b) for a, b in zip(self.cpu, self.far, strict=True) if a.numel()]
         errors = [(a - b).abs().max() / a.abs().max().clamp_min(1e-9) for a, b in pairs]
         return float(torch.stack([error.double() for error in errors]).max())
 
@@ -58,18 +74,31 @@ class Both:
         return {name.removeprefix("glider_dist."): n for name, n in self.waits.items() if "glider_dist" in name}
 
 
-def on_both(work: Callable[[torch.device, StandIn], list[torch.Tensor]]) -> Both:
-    """``work`` is to clear what it does not want counted."""
-    with stand_in() as mode:
-        cpu = work(CPU, mode)
+def _far_device(where: str) -> tuple[torch.device, AbstractContextManager[Any]]:
+    """The device, and what computes on it and counts waits. Each is imported only where it is used:
+    on a GPU a backward fails where PyTorch knows the stand-in."""
+    if where == "standin":
+        from standin import DEVICE, stand_in
+
+        return DEVICE, stand_in()
+    from gpu_waits import on_a_gpu
+
+    return torch.device("cuda", 0), on_a_gpu()
+
+
+def on_both(where: str, work: Callable[[torch.device, Waits], list[torch.Tensor]]) -> Both:
+    """``where`` is ``standin`` or ``gpu``; ``work`` is to clear the waits that it does not want counted."""
+    device, counted = _far_device(where)
+    with counted as mode:
+        cpu = work(CPU, mode.waits)
         mode.waits.clear()
-        far = work(DEVICE, mode)
+        far = work(device, mode.waits)
         waits = Counter(mode.waits)
         return Both([tensor.detach() for tensor in cpu], [tensor.detach().cpu() for tensor in far], waits)
 
 
 def serve(
-    name: str, pool: Path, router: dict[str, Any], dispatch: str | None = None, generate: bool = False
+    where: str, name: str, pool: Path, router: dict[str, Any], dispatch: str | None = None, generate: bool = False
 ) -> Both:
     """A second forward of a routed model (the first one makes the prototypes), or a generation.
 
@@ -78,7 +107,7 @@ def serve(
     """
     mesh = None if dispatch is None else init_mesh(torch.distributed.get_world_size())
 
-    def work(device: torch.device, mode: StandIn) -> list[torch.Tensor]:
+    def work(device: torch.device, waits: Waits) -> list[torch.Tensor]:
         model = MODELS[name]().requires_grad_(False).to(device)
         opened = gd.ExpertPool.open(pool)
         gd.attach_pool(
@@ -96,16 +125,16 @@ def serve(
             if model.config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
             model(**inputs, use_cache=False)
-            mode.waits.clear()
+            waits.clear()
             return [model(**inputs, use_cache=False).logits]
 
-    return on_both(work)
+    return on_both(where, work)
 
 
-def rank(name: str, pool: Path) -> Both:
+def rank(where: str, name: str, pool: Path) -> Both:
     """The choices that a routed model finds likeliest, and the nll of targets."""
 
-    def work(device: torch.device, mode: StandIn) -> list[torch.Tensor]:
+    def work(device: torch.device, waits: Waits) -> list[torch.Tensor]:
         model = MODELS[name]().requires_grad_(False).to(device)
         base = BaseModel(model, tiny_tokenizer(), torch.float32, device, "tiny", "test")
         gd.attach_pool(model, gd.ExpertPool.open(pool), gd.RouterConfig(**ALPHAS))
@@ -126,10 +155,10 @@ def rank(name: str, pool: Path) -> Both:
         nll = runner.nll([query.encoded for query in queries], scope)
         return [torch.tensor([-1 if one is None else one for one in best]), nll]
 
-    return on_both(work)
+    return on_both(where, work)
 
 
-def exchange(strategy: str, frozen: bool) -> tuple[Both, int]:
+def exchange(where: str, strategy: str, frozen: bool) -> tuple[Both, int]:
     """One exchange between all ranks and its backward, and the waits that it says it makes."""
     case = Case("zipf", dtype=torch.float32, frozen=frozen)
     mesh = rank_cases.mesh_of(torch.distributed.get_world_size())
@@ -139,7 +168,7 @@ def exchange(strategy: str, frozen: bool) -> tuple[Both, int]:
     inputs = rank_cases.draw_inputs(case, mesh.expert_parallel, placement)[mesh.rank]
     stated = 0
 
-    def work(device: torch.device, mode: StandIn) -> list[torch.Tensor]:
+    def work(device: torch.device, waits: Waits) -> list[torch.Tensor]:
         nonlocal stated
 
         def leaf(tensor: torch.Tensor, wanted: bool = True) -> torch.Tensor:
@@ -160,7 +189,7 @@ def exchange(strategy: str, frozen: bool) -> tuple[Both, int]:
         x = leaf(inputs.x)
         routes = [Route(r.expert_ids.to(device), leaf(r.weights), r.ragged) for r in inputs.routes]
         cotangents = [cotangent.to(device) for cotangent in inputs.cotangents]
-        mode.waits.clear()
+        waits.clear()
         with count_traffic() as traffic:
             outs = dispatch(x, case.sites, routes, banks)
             rank_cases.backward(outs, cotangents)
@@ -169,15 +198,15 @@ def exchange(strategy: str, frozen: bool) -> tuple[Both, int]:
         leaves += [tensor for bank in banks for tensor in (bank.A, bank.B) if tensor.requires_grad]
         return [*outs, *(each.grad for each in leaves if each.grad is not None)]
 
-    return on_both(work), stated
+    return on_both(where, work), stated
 
 
-def train(kind: str, checkpointing: bool) -> tuple[Both, int]:
+def train(where: str, kind: str, checkpointing: bool) -> tuple[Both, int]:
     """Some steps of co-training without validations, and how many forwards they took."""
     ranks = joined_ranks()
     forwards = 0
 
-    def work(device: torch.device, mode: StandIn) -> list[torch.Tensor]:
+    def work(device: torch.device, waits: Waits) -> list[torch.Tensor]:
         nonlocal forwards
         base = cotraining_worker.base_model(torch.float32)
         base.model.to(device)
@@ -194,11 +223,13 @@ def train(kind: str, checkpointing: bool) -> tuple[Both, int]:
         found = cotraining_worker.train(frozen, moved, kind, trainees, len(trainees), checkpointing=checkpointing)
         return [one["row"] for one in found.values()]
 
-    return on_both(work), forwards
+    return on_both(where, work), forwards
 
 
 def mistakes() -> None:
     """What the stand-in is there to see."""
+    from standin import DEVICE, stand_in
+
     with stand_in() as mode:
         far, near = torch.arange(6, device=DEVICE), torch.ones(6)
         mixed: list[Callable[[], Any]] = [
