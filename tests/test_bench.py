@@ -11,7 +11,7 @@ from refusals import one_sentence
 from safetensors.torch import load_file
 from small_jobs import command, describe_and_index, settings, snapshot, write_tasks
 
-from glider_dist.bench import arrow, dispatch, without_gates
+from glider_dist.bench import arrow, dispatch, forward, without_gates
 from glider_dist.bench.without_gates import randomised
 from glider_dist.cli import run_stage
 from glider_dist.errors import GliderError
@@ -35,6 +35,17 @@ def test_arrow_is_timed_in_turns_with_pefts_and_their_logits_agree(
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].split()[0] == "3"
     assert len({len(line) for line in printed[1:]}) == 1
+
+
+def test_a_routed_model_is_timed_against_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "ON_A_CPU", (forward.Work(2, 5), forward.Work(2, 4, new=3)))
+    forward.run(tmp_path, (forward.Shape("tiny", 32, 48, 2, 4, 2, 300, (3,)),))
+    rows = json.loads((tmp_path / "bench_forward.json").read_text())["rows"]
+    assert [(row["base"], row["experts"], row["work"]) for row in rows] == [
+        ("tiny", 3, "2 x 5"),
+        ("tiny", 3, "2 x 4 + 3"),
+    ]
+    assert all(row[key] > 0 for row in rows for key in ("base ms", "phatgoose / base", "glider / base"))
 
 
 def test_routing_without_gates_is_compared_with_random_adapters(
@@ -79,7 +90,10 @@ def test_random_weights_keep_size_and_follow_from_the_seed() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("", "bench knows layer, arrow, dispatch, joint, train, checkpoint, embeddings, evaluate, without-gates"),
+        (
+            "",
+            "bench knows layer, forward, arrow, dispatch, joint, train, checkpoint, embeddings, evaluate, without-gates",
+        ),
         ("speed", "not 'speed'"),
         ("layer arrow", "bench layer takes no more words, not 'arrow'"),
         ("evaluate arrow", "bench evaluate takes no more words, not 'arrow'"),

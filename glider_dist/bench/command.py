@@ -11,13 +11,14 @@ from glider_dist.errors import GliderError
 if TYPE_CHECKING:
     from glider_dist.cli import Arguments
 
-USAGE = """usage: glider-dist bench layer|arrow|checkpoint
+USAGE = """usage: glider-dist bench layer|forward|arrow|checkpoint
        glider-dist bench dispatch|joint [--ranks N]
        glider-dist bench train [startup] [sharded] [mixing] [batches]
        glider-dist bench embeddings [peer=URL] [requests=N]
        deepspeed --num_gpus N --module glider_dist bench evaluate|without-gates [CONFIG.yaml] [key=value ...]
 
 layer          a routed layer in one process, against one LoRA, a loop over experts, every expert on every token
+forward        forwards and generation of a whole routed model, against its base
 dispatch       one exchange between N processes on gloo, by each strategy, forward and backward; tokens=512: only
                the cells with so many tokens a rank
 joint          a step of joint training by ZeRO stage and dispatch, against one process and replicated experts
@@ -32,7 +33,7 @@ Each prints a table and writes its numbers into run_dir (default runs/bench).
 """
 
 _STAGES = {"evaluate": "glider_dist.bench.evaluation", "without-gates": "glider_dist.bench.without_gates"}
-_ALONE = ("layer", "arrow", "dispatch", "joint", "train", "checkpoint", "embeddings")
+_ALONE = ("layer", "forward", "arrow", "dispatch", "joint", "train", "checkpoint", "embeddings")
 
 
 def run(arguments: Arguments) -> int:
@@ -56,7 +57,7 @@ def run(arguments: Arguments) -> int:
         return 0
     if arguments.file is not None:
         raise GliderError(f"bench {what} takes no configuration file ({arguments.file})")
-    from glider_dist.bench import arrow, checkpoint, dispatch, embeddings, joint, layer, train
+    from glider_dist.bench import arrow, checkpoint, dispatch, embeddings, forward, joint, layer, train
 
     if what == "dispatch":
         folder, more = _folder_and(arguments, "tokens")
@@ -72,7 +73,9 @@ def run(arguments: Arguments) -> int:
     elif what == "train":
         train.run(_folder(arguments), words)
     else:
-        {"layer": layer, "arrow": arrow, "checkpoint": checkpoint}[what].run(_folder(arguments))
+        {"layer": layer, "forward": forward, "arrow": arrow, "checkpoint": checkpoint}[what].run(
+            _folder(arguments)
+        )
     return 0
 
 
