@@ -186,9 +186,9 @@ def is_small(x_Td: torch.Tensor, bank: SiteBank, places: int) -> bool:
 
 
 # Measured on an H100 (bench layer): what sorting costs besides the rows' own copies, mostly the launches of some
-# twenty kernels, and what dense products and copies reach.
-_SORTING_S, _GROUP_S = 4e-4, 2e-5
-_HALF_FLOPS, _FULL_FLOPS, _BANDWIDTH = 4e14, 3e13, 2.5e12
+# twenty kernels; what a group costs within one kernel and in one of its own; what dense products and copies reach.
+_SORTING_S, _GROUP_S, _GROUP_ALONE_S = 4.5e-4, 1.2e-6, 2e-5
+_HALF_FLOPS, _FULL_FLOPS, _BANDWIDTH = 6e14, 3e13, 2.5e12
 
 
 def _is_small_on_a_gpu(x_Td: torch.Tensor, bank: SiteBank, places: int) -> bool:
@@ -200,9 +200,12 @@ def _is_small_on_a_gpu(x_Td: torch.Tensor, bank: SiteBank, places: int) -> bool:
     half = x_Td.dtype in (torch.bfloat16, torch.float16)
     moved = columns * (width + out) * bank.A.element_size() + 3 * tokens * columns * element
     every = 2 * tokens * columns * (width + out) / (_HALF_FLOPS if half else _FULL_FLOPS) + moved / _BANDWIDTH
-    groups = 0 if is_one_kernel(x_Td.device, x_Td.dtype) else min(bank.A.shape[0], tokens * places)
     copied = 4 * tokens * places * (width + out) * element
-    return every <= _SORTING_S + _GROUP_S * groups + copied / _BANDWIDTH
+    if is_one_kernel(x_Td.device, x_Td.dtype):
+        groups = _GROUP_S * bank.A.shape[0]
+    else:
+        groups = _GROUP_ALONE_S * min(bank.A.shape[0], tokens * places)
+    return every <= _SORTING_S + groups + copied / _BANDWIDTH
 
 
 def add_all_experts(
