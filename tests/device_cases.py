@@ -106,10 +106,10 @@ def serve(
         dispatch: how all ranks of the job share the experts; None: this process holds them all.
     """
     mesh = None if dispatch is None else init_mesh(torch.distributed.get_world_size())
+    opened = gd.ExpertPool.open(pool)
 
     def work(device: torch.device, waits: Waits) -> list[torch.Tensor]:
         model = MODELS[name]().requires_grad_(False).to(device)
-        opened = gd.ExpertPool.open(pool)
         gd.attach_pool(
             model, opened, gd.RouterConfig(**ALPHAS, **router), mesh, dispatch=dispatch or "auto", costs=Costs()
         )
@@ -128,7 +128,11 @@ def serve(
             waits.clear()
             return [model(**inputs, use_cache=False).logits]
 
-    return on_both(where, work)
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "standin" and len(opened) >= 40:
+            # So many experts have their rows sorted, as no tiny model has on a GPU.
+            patch.setattr("glider_dist.model.routed.is_small", lambda x, bank, places: False)
+        return on_both(where, work)
 
 
 def rank(where: str, name: str, pool: Path) -> Both:
