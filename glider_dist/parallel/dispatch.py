@@ -161,7 +161,7 @@ class Dispatch:
         both = to_host(torch.cat([asks.flatten(), wanted_E.view(torch.uint8)])).numpy()
         everyone = both[: asks.numel()].reshape(ranks, len(sites), experts)
         ids = np.flatnonzero(both[asks.numel() :])
-        index = torch.from_numpy(ids).to(self.device)
+        index = torch.from_numpy(ids).to(self.device, non_blocking=True)
         found = {}
         fetched_S = everyone[self.mesh.expert_rank].sum(1)
         nbytes = sum(

@@ -191,9 +191,9 @@ class ExpertCache:
                 self._entries[site, expert] = (fresh[0][place].clone(), fresh[1][place].clone())
                 self.nbytes += sum(tensor.nbytes for tensor in self._entries[site, expert])
             if remember and len(fetched):
-                held = self.held(site).clone()
-                held[torch.from_numpy(fetched).to(held.device)] = True
-                self._held[site] = held
+                # Not ``held[...] = True``: CUDA copies that number, and waits for it.
+                index = torch.from_numpy(fetched).to(self._own_E.device, non_blocking=True)
+                self._held[site] = self.held(site).index_fill(0, index, True)
         rows = []
         for expert in used.tolist():
             if expert in self._slot:
