@@ -145,4 +145,4 @@ def test_joint_training_is_measured_in_every_way_and_checked(tmp_path):
     # Experts halve, gates stay.
     assert one["experts MB"] / 2 < shared["experts MB"] < 0.6 * one["experts MB"]
     assert by["ZeRO 3", "auto"]["base MB"] < 0.6 * one["base MB"]
-    assert json.loads((tmp_path / "joint.json").read_text())["ranks"] == 2
+    assert json.loads((tmp_path / "bench_joint.json").read_text())["ranks"] == 2

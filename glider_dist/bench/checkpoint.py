@@ -82,5 +82,5 @@ def run(folder: Path, base: str = BASE) -> None:
         "% with CPU": 100 * (copied + processor / cores) / (every * step),
     }
     print(f"\na checkpoint every {every} steps of {EXPERTS} experts with {ROWS} rows each\n{table([row])}")
-    save(folder / "checkpoint.json", "checkpoint", [row], {"base": base, "save_steps": every, "threads": cores})
+    save(folder, "checkpoint", [row], {"base": base, "save_steps": every, "threads": cores})
     shutil.rmtree(files.folder)

@@ -78,11 +78,10 @@ def run(folder: Path, ranks: int, only: str | None = None) -> None:
     about = {
         "ranks": ranks,
         "backend": "gloo",
-        "torch": torch.__version__,
         "costs": vars(costs),
         "deepspeed_moe": moe,
     }
-    save(folder / "bench_dispatch.json", "dispatch", rows, about)
+    save(folder, "dispatch", rows, about)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

@@ -77,9 +77,7 @@ def run(folder: Path, shapes: tuple[Shape, ...] | None = None) -> None:
                 rows.append({"base": shape.name, "experts": experts, **_measure(model, experts, work)})
                 print(table(rows).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
         del model, made
-    machine = torch.cuda.get_device_name() if gpu else "cpu"
-    about = {"torch": torch.__version__, "machine": machine, "dtype": str(dtype), "rank": RANK}
-    save(folder / "bench_forward.json", "forward", rows, about)
+    save(folder, "forward", rows, {"dtype": str(dtype), "rank": RANK})
 
 
 @torch.no_grad()

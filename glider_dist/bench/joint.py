@@ -155,7 +155,7 @@ def run(folder: Path, ranks: int, base_id: str = BASE) -> list[dict[str, Any]]:
         "tokens": [LOW, HIGH],
         "ranks": ranks,
     }
-    save(folder / "joint.json", "joint", rows, about)
+    save(folder, "joint", rows, about)
     return rows
 
 

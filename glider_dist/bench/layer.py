@@ -87,8 +87,8 @@ def run(folder: Path) -> None:
             for experts in EXPERTS:
                 rows.append(_cell(machine, width, tokens, experts, speed))
                 print(table(rows).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
-    about = {"torch": torch.__version__, "machine": machine.name, "dtype": str(machine.dtype), "GB/s": speed / 1e9}
-    save(folder / "bench_layer.json", "layer", rows, {**about, "rank": RANK, "top_k": TOP_K})
+    about = {"dtype": str(machine.dtype), "GB/s": speed / 1e9, "rank": RANK, "top_k": TOP_K}
+    save(folder, "layer", rows, about)
 
 
 @torch.inference_mode()

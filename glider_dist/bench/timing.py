@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from glider_dist.pool.files import write_json
+from glider_dist.tracking.versions import device_name
 
 
 def interleave(
@@ -66,6 +67,7 @@ def _cell(value: Any) -> str:
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def save(path: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Write rows and what they were measured with as JSON."""
-    write_json(path, {"bench": name, **about, "rows": rows})
+def save(folder: Path, name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Write rows, and what they were measured with and on, as ``bench_NAME.json``."""
+    measured = {"bench": name, "torch": torch.__version__, "machine": device_name()}
+    write_json(folder / f"bench_{name}.json", {**measured, **about, "rows": rows})

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from glider_dist.bench.timing import interleave, medians
+from glider_dist.bench.timing import interleave, medians, save
 from glider_dist.config import TrainConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.base import load_base
@@ -30,7 +30,6 @@ from glider_dist.model.batch import Collator, Encoded
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import linear_sites
 from glider_dist.parallel.ranks import Ranks, start_ranks
-from glider_dist.pool.files import write_json
 from glider_dist.training.batches import Packing, packing_for
 from glider_dist.training.cotrain import CoTraining
 from glider_dist.training.runner import Runner, installed
@@ -74,7 +73,7 @@ class Bench:
         return 2 * width**3 / medians(interleave({"": lambda: a @ a}, ROUNDS))[""]
 
 
-def rows(name: str, low: int, high: int) -> list[Encoded]:
+def examples_of(name: str, low: int, high: int) -> list[Encoded]:
     """Examples of ``low`` to ``high`` random tokens."""
     draw = random.Random(name)
 
@@ -87,7 +86,7 @@ def rows(name: str, low: int, high: int) -> list[Encoded]:
 def trainee(name: str, steps: int, batch: int, low: int = 12, high: int = 36) -> Trainee:
     """An expert that is validated once, at its end, on one row."""
     train = TrainConfig(max_steps=steps, batch_size=batch, learning_rate=RATE, eval_every=steps)
-    data = rows(name, low, high)
+    data = examples_of(name, low, high)
     return Trainee(name, data, data[:1], Recipe.of(train, 0))
 
 
@@ -160,7 +159,7 @@ def batches(bench: Bench) -> list[dict[str, Any]]:
 
 
 def run(folder: Path, parts: Sequence[str] = (), base: str = BASE) -> None:
-    """Print the tables of ``parts``, or all, and write ``bench_train.json``.
+    """Print the tables of ``parts``, or all, and write each as ``bench_train_PART.json``.
 
     Args:
         base: of all but ``startup``, whose processes train :data:`BASE`.
@@ -170,7 +169,6 @@ def run(folder: Path, parts: Sequence[str] = (), base: str = BASE) -> None:
     """
     if unknown := [part for part in parts if part not in PARTS]:
         raise GliderError(f"bench train knows {', '.join(PARTS)}, not {unknown[0]!r}")
-    found: dict[str, list[dict[str, Any]]] = {}
     bench: Bench | None = None
     for part in PARTS:
         if parts and part not in parts:
@@ -178,12 +176,12 @@ def run(folder: Path, parts: Sequence[str] = (), base: str = BASE) -> None:
         if part == "startup":
             from glider_dist.bench import train_startup
 
-            found[part] = train_startup.run()
+            rows = train_startup.run()
         elif part == "sharded":
             from glider_dist.bench import train_sharded
 
-            found[part] = train_sharded.run(base)
+            rows = train_sharded.run(base)
         else:
             bench = bench or Bench(start_ranks(), base=base)
-            found[part] = mixing(bench) if part == "mixing" else batches(bench)
-    write_json(folder / "bench_train.json", {"bench": "train", "base": base, "rank": RANK, **found})
+            rows = mixing(bench) if part == "mixing" else batches(bench)
+        save(folder, f"train_{part}", rows, {"base": base, "rank": RANK})

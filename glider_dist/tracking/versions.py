@@ -27,7 +27,7 @@ def versions() -> dict[str, Any]:
         "launcher": _launcher(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cpus": os.cpu_count(),
-        "device": _device(),
+        "device": device_name(),
     }
 
 
@@ -65,7 +65,8 @@ def _git_output(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
-def _device() -> str:
+def device_name() -> str:
+    """The GPU of this process, or the kind of CPU."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
