@@ -34,7 +34,6 @@ from glider_dist.tasks.prompt import answer
 from glider_dist.tasks.task import Example, Task
 from glider_dist.testing import tiny_tokenizer
 
-Waits = Counter[str]
 CPU = torch.device("cpu")
 LENGTHS = (9, 5, 7)
 ROUTERS = {
@@ -55,11 +54,13 @@ MASK = "model.tokens.find_tokens"
 
 @dataclass(frozen=True)
 class Both:
-    """What the CPU and the device made of the same work, and where the host waited for the device."""
+    """What the CPU and the device made of the same work, where the host waited for the device, and how many
+    kernels this package launched there (counted on the stand-in alone)."""
 
     cpu: list[torch.Tensor]
     far: list[torch.Tensor]
     waits: Counter[str]
+    kernels: int = 0
 
     @property
     def error(self) -> float:
@@ -86,15 +87,16 @@ def _far_device(where: str) -> tuple[torch.device, AbstractContextManager[Any]]:
     return torch.device("cuda", 0), on_a_gpu()
 
 
-def on_both(where: str, work: Callable[[torch.device, Waits], list[torch.Tensor]]) -> Both:
-    """``where`` is ``standin`` or ``gpu``; ``work`` is to clear the waits that it does not want counted."""
+def on_both(where: str, work: Callable[[torch.device, Any], list[torch.Tensor]]) -> Both:
+    """``where`` is ``standin`` or ``gpu``; ``work`` is to clear what it does not want counted."""
     device, counted = _far_device(where)
     with counted as mode:
-        cpu = work(CPU, mode.waits)
-        mode.waits.clear()
-        far = work(device, mode.waits)
+        cpu = work(CPU, mode)
+        mode.clear()
+        far = work(device, mode)
         waits = Counter(mode.waits)
-        return Both([tensor.detach() for tensor in cpu], [tensor.detach().cpu() for tensor in far], waits)
+        kernels = sum(count for name, count in mode.kernels.items() if name.startswith("glider_dist"))
+        return Both([one.detach() for one in cpu], [one.detach().cpu() for one in far], waits, kernels)
 
 
 def serve(
@@ -108,7 +110,7 @@ def serve(
     mesh = None if dispatch is None else init_mesh(torch.distributed.get_world_size())
     opened = gd.ExpertPool.open(pool)
 
-    def work(device: torch.device, waits: Waits) -> list[torch.Tensor]:
+    def work(device: torch.device, seen: Any) -> list[torch.Tensor]:
         model = MODELS[name]().requires_grad_(False).to(device)
         gd.attach_pool(
             model, opened, gd.RouterConfig(**ALPHAS, **router), mesh, dispatch=dispatch or "auto", costs=Costs()
@@ -125,7 +127,7 @@ def serve(
             if model.config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
             model(**inputs, use_cache=False)
-            waits.clear()
+            seen.clear()
             return [model(**inputs, use_cache=False).logits]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -135,10 +137,26 @@ def serve(
         return on_both(where, work)
 
 
+def count_kernels(where: str, pool: Path) -> Both:
+    """A second forward of a tiny Llama in bfloat16, without padding."""
+    similarity = torch.rand(3, 12)
+
+    def work(device: torch.device, seen: Any) -> list[torch.Tensor]:
+        model = MODELS["llama"]().requires_grad_(False).to(device, torch.bfloat16)
+        gd.attach_pool(model, gd.ExpertPool.open(pool), gd.RouterConfig(**ALPHAS))
+        ids = torch.arange(4, 31).view(3, 9).to(device)
+        with torch.no_grad(), gd.query_scores(model, similarity):
+            model(input_ids=ids, use_cache=False)
+            seen.clear()
+            return [model(input_ids=ids, use_cache=False).logits.float()]
+
+    return on_both(where, work)
+
+
 def rank(where: str, name: str, pool: Path) -> Both:
     """The choices that a routed model finds likeliest, and the nll of targets."""
 
-    def work(device: torch.device, waits: Waits) -> list[torch.Tensor]:
+    def work(device: torch.device, seen: Any) -> list[torch.Tensor]:
         model = MODELS[name]().requires_grad_(False).to(device)
         base = BaseModel(model, tiny_tokenizer(), torch.float32, device, "tiny", "test")
         gd.attach_pool(model, gd.ExpertPool.open(pool), gd.RouterConfig(**ALPHAS))
@@ -172,7 +190,7 @@ def exchange(where: str, strategy: str, frozen: bool) -> tuple[Both, int]:
     inputs = rank_cases.draw_inputs(case, mesh.expert_parallel, placement)[mesh.rank]
     stated = 0
 
-    def work(device: torch.device, waits: Waits) -> list[torch.Tensor]:
+    def work(device: torch.device, seen: Any) -> list[torch.Tensor]:
         nonlocal stated
 
         def leaf(tensor: torch.Tensor, wanted: bool = True) -> torch.Tensor:
@@ -193,7 +211,7 @@ def exchange(where: str, strategy: str, frozen: bool) -> tuple[Both, int]:
         x = leaf(inputs.x)
         routes = [Route(r.expert_ids.to(device), leaf(r.weights), r.ragged) for r in inputs.routes]
         cotangents = [cotangent.to(device) for cotangent in inputs.cotangents]
-        waits.clear()
+        seen.clear()
         with count_traffic() as traffic:
             outs = dispatch(x, case.sites, routes, banks)
             rank_cases.backward(outs, cotangents)
@@ -210,7 +228,7 @@ def train(where: str, kind: str, checkpointing: bool) -> tuple[Both, int]:
     ranks = joined_ranks()
     forwards = 0
 
-    def work(device: torch.device, waits: Waits) -> list[torch.Tensor]:
+    def work(device: torch.device, seen: Any) -> list[torch.Tensor]:
         nonlocal forwards
         base = cotraining_worker.base_model(torch.float32)
         base.model.to(device)

@@ -17,10 +17,16 @@ class Seen:
     Attributes:
         waits: how often the host waited, by the function of a library that made it. Unlike on the stand-in, a copy
             from pageable memory to the device is one, too.
+        kernels: not counted here.
     """
 
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
+
+    def clear(self) -> None:
+        self.waits.clear()
+        self.kernels.clear()
 
 
 @contextlib.contextmanager

@@ -63,11 +63,17 @@ class StandIn(TorchDispatchMode):
 
     Attributes:
         waits: how often the host would have waited for the device, by the function of a library that made it.
+        kernels: how many a GPU would have launched, likewise.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
+
+    def clear(self) -> None:
+        self.waits.clear()
+        self.kernels.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -88,6 +94,8 @@ class StandIn(TorchDispatchMode):
             there = onto.type == NAME if onto is not None else bool(far)
         if far and (not there if moves else wait_of(func, args, kwargs)):
             self.waits[who()] += 1
+        if (far or there) and not func.is_view and name != "_unsafe_view":
+            self.kernels[who()] += 1
         result = func(*tree_map(_memory, args), **tree_map(_memory, kwargs))
         if not there:
             return result

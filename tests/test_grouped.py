@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glider_dist.lora import grouped
-from glider_dist.lora.apply import Plan, fitted, pad_groups, plan_rows
+from glider_dist.lora.apply import Plan, fitted, is_small, pad_groups, plan_rows
 from glider_dist.lora.bank import SiteBank
 from glider_dist.lora.grouped import grouped_product
 from glider_dist.routing.route import Route
@@ -38,6 +38,27 @@ def result(x: torch.Tensor, bank: SiteBank, plan: Plan) -> list[torch.Tensor]:
     rows = grouped_product(h * plan.weight[:, None].to(h.dtype), bank.B, plan.ends, plan.equal)
     out = torch.zeros(x.shape[0], OUT, dtype=x.dtype).index_add(0, plan.token, rows)
     return [out, *torch.autograd.grad(out.square().sum(), [x, bank.A, bank.B])]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "experts", "trains", "every"),
+    [
+        (64, 576, 166, False, True),
+        (1, 4096, 1024, False, True),
+        (16384, 4096, 64, False, True),
+        (16384, 4096, 1024, False, False),
+        (4096, 576, 64, True, True),
+        (4096, 576, 1024, True, False),
+    ],
+)
+def test_a_gpu_sorts_rows_only_where_all_experts_would_cost_more(tokens, width, experts, trains, every) -> None:
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    ranks = (16,) * experts
+    bank = SiteBank(meta(experts, 16, width), meta(experts, 16, width), meta(experts), meta(experts), ranks)
+    with torch.set_grad_enabled(trains):
+        assert is_small(meta(tokens, width), bank, 2) == every
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 9, 1, 4], [0, 0, 0, 0, 1], [6, 6, 6, 6, 6], [40, 1, 0, 0, 2]])

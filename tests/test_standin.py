@@ -33,6 +33,12 @@ def test_a_forward_is_the_cpus_and_waits_only_for_its_mask(alone, pool_of, route
     assert both.ours == {MASK: 2 if name == "t5" else 1}
 
 
+def test_a_routed_layer_is_a_dozen_kernels(alone, pool_of):
+    (both,) = alone.run(device_cases.count_kernels, "standin", pool_of("llama", 12).path)
+    # Its own product, eleven more, and for each input that layers share a cast and a normalisation.
+    assert 0 < both.kernels <= 12.5 * 14
+
+
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_generation_gives_the_tokens_and_counts_of_the_cpu(alone, pool_of, name):
     (both,) = alone.run(device_cases.serve, "standin", name, pool_of(name, 12).path, {}, None, True)
