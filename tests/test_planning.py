@@ -26,6 +26,7 @@ from glider_dist.planning.ranks import meshes
 from glider_dist.planning.report import GB, StagePlan
 from glider_dist.planning.target import Target
 from glider_dist.planning.trace import Trace
+from glider_dist.planning.traffic import compute_seconds
 from glider_dist.settings import read_config
 from glider_dist.testing import LocalRanks, save_tiny_base, tiny_causal, tiny_seq2seq, tiny_tokenizer
 from glider_dist.training.adamw import StackedAdamW
@@ -213,20 +214,20 @@ def test_a_few_blocks_tell_what_all_of_them_take(make: Any) -> None:
     def run() -> Measured:
         depths.append(len(linear_sites(base.model)))
         trace = step_of(base, False)
-        return Measured(trace.peak, 0, trace.flops)
+        return Measured(trace.peak, 0, trace.flops, trace.kernels)
 
     whole = run()
 
     def few() -> Measured:
         found = run()
         # All that a block keeps is there at the peak of a step.
-        return Measured(found.peak, found.peak, found.flops)
+        return Measured(found.peak, found.peak, found.flops, found.kernels)
 
     depths.clear()
     told = measured(base.model, few)
     assert len(depths) == 2
     assert max(depths) < len(linear_sites(base.model))
-    assert (told.peak, told.flops) == (whole.peak, whole.flops)
+    assert (told.peak, told.flops, told.kernels) == (whole.peak, whole.flops, whole.kernels)
 
 
 def test_a_peak_that_does_not_grow_with_what_is_kept_is_measured_with_all_blocks() -> None:
@@ -236,10 +237,16 @@ def test_a_peak_that_does_not_grow_with_what_is_kept_is_measured_with_all_blocks
     def run() -> Measured:
         depth = len(linear_sites(base.model)) // 7
         depths.append(depth)
-        return Measured(max(100, 30 * depth), 30 * depth, depth)
+        return Measured(max(100, 30 * depth), 30 * depth, depth, depth)
 
     assert measured(base.model, run).peak == 210
     assert depths == [2, 3, 7]
+
+
+def test_a_step_takes_as_long_as_its_launches_where_they_take_longer_than_its_products() -> None:
+    target = target_of("small_10000", "plan.launch_us=20", "plan.tflops=100", "plan.utilisation=0.5")
+    assert compute_seconds(target, Measured(0, 0, flops=10**9, kernels=8000)) == pytest.approx(0.16)
+    assert compute_seconds(target, Measured(0, 0, flops=10**13, kernels=8000)) == pytest.approx(0.2)
 
 
 def test_the_bytes_of_experts_are_those_of_the_real_slots() -> None:

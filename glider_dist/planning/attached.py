@@ -72,7 +72,7 @@ def measure_routed(target: Target, router: RouterConfig, forward: Callable[[], o
 
         trace = target.trace(work, known)
     groups.finish()
-    return Measured(trace.peak, trace.kept, trace.flops, _shapes_of(target, groups))
+    return Measured(trace.peak, trace.kept, trace.flops, trace.kernels, _shapes_of(target, groups))
 
 
 def measure_trained(
@@ -88,7 +88,7 @@ def measure_trained(
     joint = target.cfg.joint
     with attached(target, router, wide) as context, _watching(target.frozen.model, groups):
         for bank in context.banks.values():
-            bank.A, bank.B = bank.A[:owned].clone(), bank.B[:owned].clone()
+            bank.A, bank.B, bank.scale = bank.A[:owned].clone(), bank.B[:owned].clone(), bank.scale[:owned]
         experts = [tensor for bank in context.banks.values() for tensor in (bank.A, bank.B)]
         gates = list(context.gates.values())
         trained = [*(experts if joint.train != "gates" else ()), *(gates if joint.train != "experts" else ())]
@@ -104,7 +104,7 @@ def measure_trained(
 
         trace = target.trace(work, known)
     groups.finish()
-    return Measured(trace.peak, trace.kept, trace.flops, _shapes_of(target, groups))
+    return Measured(trace.peak, trace.kept, trace.flops, trace.kernels, _shapes_of(target, groups))
 
 
 def _scores(target: Target, router: RouterConfig, queries: int) -> Any:

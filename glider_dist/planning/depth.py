@@ -20,12 +20,14 @@ class Measured:
         peak: bytes alive at once at most.
         kept: bytes alive when the model's forward returns: for the backward, or keys and values.
         flops: floating-point operations.
+        kernels: operations that a GPU would launch.
         groups: sites that read one input, by their shapes ``(d_out, d_in)``: how many such groups there are.
     """
 
     peak: int
     kept: int
     flops: int
+    kernels: int
     groups: Counter[tuple[tuple[int, int], ...]] = field(default_factory=Counter)
 
 
@@ -49,9 +51,9 @@ def measured(model: nn.Module, run: Callable[[], Measured]) -> Measured:
         return run()
     more = max(depths) - _LOW
     groups = Counter({key: low.groups[key] + more * (high.groups[key] - low.groups[key]) for key in high.groups})
-    pairs = ((low.peak, high.peak), (low.kept, high.kept), (low.flops, high.flops))
-    peak, kept, flops = (few + more * (one_more - few) for few, one_more in pairs)
-    return Measured(peak, kept, flops, groups)
+    pairs = ((low.peak, high.peak), (low.kept, high.kept), (low.flops, high.flops), (low.kernels, high.kernels))
+    peak, kept, flops, kernels = (few + more * (one_more - few) for few, one_more in pairs)
+    return Measured(peak, kept, flops, kernels, groups)
 
 
 def _stacks(model: nn.Module) -> list[nn.ModuleList]:

@@ -70,6 +70,7 @@ def plan_joint(target: Target) -> StagePlan:
     exchanging = 0.0
     plan.estimates = {
         "TFLOP a forward and backward": f"{cost.flops / 1e12:.3g}",
+        "kernels it launches": str(cost.kernels),
         "GB from others, the base": f"{moved / 1e9:.3g}",
     }
     if target.expert_parallel > 1:
@@ -78,7 +79,7 @@ def plan_joint(target: Target) -> StagePlan:
     reduced = 2 * _FP32 * (experts * (1 - 1 / replicas) + gates * (1 - 1 / target.world))
     reducing = reduced / bandwidth(target, target.world)
     plan.estimates["GB of gradients and weights"] = f"{reduced / 1e9:.3g}"
-    step = len(micros) * (max(compute_seconds(target, cost.flops), moving) + exchanging) + reducing
+    step = len(micros) * (max(compute_seconds(target, cost), moving) + exchanging) + reducing
     plan.estimates |= {"a step": seconds(step), "the stage": seconds(step * recipe.steps)}
     ways = [*ways_to_save(target, len(largest)), "share the experts among more ranks (mesh.expert_parallel)"]
     if gates:

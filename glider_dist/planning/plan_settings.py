@@ -28,6 +28,7 @@ class PlanConfig:
     embedding_width: int = positive(384, "numbers of an embedding (all-MiniLM-L6-v2: 384)")
     tflops: float = positive(989.0, "peak of a GPU in the base's dtype, TFLOP/s (H100 SXM, dense bfloat16: 989)")
     utilisation: float = positive(0.4, "share of the peak that a step reaches (estimated)")
+    launch_us: float = positive(18.0, "time to launch a kernel from Python, µs (training on an H100: 18)")
     memory_gb_s: float = positive(3350.0, "bandwidth of a GPU's memory, GB/s (H100 SXM: 3350)")
     node_gb_s: float = positive(
         450.0, "bandwidth from a GPU to the others of its node, one way, GB/s (H100 NVLink: 450)"

@@ -89,9 +89,10 @@ def _plan(
         "index of descriptions": target.index_bytes(),
     }
     gathered, gathering = sharded_traffic(target, backward=False)
-    time = max(compute_seconds(target, batch.flops), gathering)
+    time = max(compute_seconds(target, batch), gathering)
     plan.estimates = {
         "TFLOP a batch": f"{batch.flops / 1e12:.3g}",
+        "kernels it launches": str(batch.kernels),
         "GB from others, the base": f"{gathered / 1e9:.3g}",
     }
     if target.expert_parallel > 1:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 _aten: Any = torch.ops.aten
+_NO_KERNELS = {"_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
 
 class Trace(TorchDispatchMode):
@@ -35,11 +36,12 @@ class Trace(TorchDispatchMode):
         live: bytes that are alive now.
         kept: bytes that were alive at :meth:`keep`.
         flops: floating-point operations of matrix products and attention; a multiply-add is two.
+        kernels: operations that a GPU would launch: all but views and memory that is not filled.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):
         super().__init__()
-        self.peak = self.live = self.kept = self.flops = 0
+        self.peak = self.live = self.kept = self.flops = self.kernels = 0
         # Held, so that no new storage takes the place of a known one.
         self._known = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in known)}
         self._alive: dict[int, weakref.ref[Any]] = {}
@@ -62,6 +64,7 @@ class Trace(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor)
+        self.kernels += not (func.is_view or func._overloadpacket.__name__ in _NO_KERNELS)
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
             self.flops += int(count(*args, **kwargs, out_val=out))

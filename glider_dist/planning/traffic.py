@@ -1,8 +1,9 @@
 """Estimated traffic and time, from the figures under ``plan``; nothing here is measured.
 
-Compute: floating-point operations of the traced step over ``plan.tflops`` times ``plan.utilisation``. Bytes
-between ranks: those of the strategies (:mod:`glider_dist.parallel.tokens` and ``weights``), by the cost model that
-``auto`` decides with; for ZeRO 3 those of Rajbhandari et al., arXiv 1910.02054, section 7.2.2.
+Compute: floating-point operations of the traced step over ``plan.tflops`` times ``plan.utilisation``, or its
+kernels times ``plan.launch_us``, whichever is more. Bytes between ranks: those of the strategies
+(:mod:`glider_dist.parallel.tokens` and ``weights``), by the cost model that ``auto`` decides with; for ZeRO 3 those
+of Rajbhandari et al., arXiv 1910.02054, section 7.2.2.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from glider_dist.lora.bank import padded_rank
 from glider_dist.parallel.cost import Costs, Shapes, tokens_time, weights_time
 
 if TYPE_CHECKING:
+    from glider_dist.planning.depth import Measured
     from glider_dist.planning.target import Target
 
 WAYS = ("all_to_all", "gather")
@@ -25,9 +27,10 @@ _BYTES = Costs(0, 0, 0, 0, bandwidth=1, flops=inf, group_s=0, copy=inf)
 _LATENCY = 3e-5  # of a collective over NCCL, and of a host sync beside it
 
 
-def compute_seconds(target: Target, flops: int) -> float:
+def compute_seconds(target: Target, work: Measured) -> float:
     """Of one rank."""
-    return flops / (target.cfg.plan.tflops * 1e12 * target.cfg.plan.utilisation)
+    plan = target.cfg.plan
+    return max(work.flops / (plan.tflops * 1e12 * plan.utilisation), work.kernels * plan.launch_us * 1e-6)
 
 
 def bandwidth(target: Target, ranks: int) -> float:

@@ -67,11 +67,12 @@ def _plan(target: Target, stage: str, gate: bool) -> StagePlan:
     plan.host = {**target.loading_bytes(), "best weights so far": best}
     if moved_moments:
         plan.host["AdamW moments"] = count * optimizer.bytes_per_expert
-    one = compute_seconds(target, step.flops)
+    one = compute_seconds(target, step)
     moved, moving = sharded_traffic(target, backward=True)
     turn = len(micros) * max(one, moving)
     plan.estimates = {
         "TFLOP a forward and backward": f"{step.flops / 1e12:.3g}",
+        "kernels it launches": str(step.kernels),
         "GB from others, the base": f"{moved / 1e9:.3g}",
         "GB to others, gradients": f"{2 * (replicas - 1) / replicas * slots.grads.nbytes / 1e9:.3g}",
         "a step, all at a time": seconds(turn),
@@ -94,7 +95,7 @@ def _measure(target: Target, micro: MicroBatch, count: int, gate: bool) -> Measu
     with installed(target.frozen.model, (), slots.seen(), gate, checkpointing):
         known = [slots.weights, slots.grads, *slots.frozen()]
         trace = target.trace(lambda: runner.train(micro, [1.0] * len(micro.slots)), known)
-    return Measured(trace.peak, trace.kept, trace.flops)
+    return Measured(trace.peak, trace.kept, trace.flops, trace.kernels)
 
 
 def _slots(target: Target, shapes: dict[str, tuple[int, int]], count: int, gate: bool) -> Slots:
