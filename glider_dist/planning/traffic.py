@@ -2,8 +2,8 @@
 
 Compute: floating-point operations of the traced step over ``plan.tflops`` times ``plan.utilisation``, or its
 kernels times ``plan.launch_us``, whichever is more. Bytes between ranks: those of the strategies
-(:mod:`glider_dist.parallel.tokens` and ``weights``), by the cost model that ``auto`` decides with; for ZeRO 3 those
-of Rajbhandari et al., arXiv 1910.02054, section 7.2.2.
+(:mod:`glider_dist.parallel.tokens` and ``weights``), by the cost model that ``auto`` decides with; for ZeRO 3
+those of Rajbhandari et al., arXiv 1910.02054, section 7.2.2.
 """
 
 from __future__ import annotations
