@@ -30,7 +30,9 @@ def two() -> Iterator[LocalRanks]:
 def test_a_forward_is_the_cpus_and_waits_only_for_its_mask(alone, pool_of, router, name, experts):
     (both,) = alone.run(device_cases.serve, "standin", name, pool_of(name, experts).path, ROUTERS[router])
     assert both.error < 1e-4
-    assert both.ours == {MASK: 2 if name == "t5" else 1}
+    # Where rows are sorted (40 experts), unused places cost each of the 14 layers a wait.
+    ragged = {"lora.apply.plan_rows": 14} if experts == 40 and router in ("top-p", "arrow_general", "lag") else {}
+    assert both.ours == {MASK: 2 if name == "t5" else 1} | ragged
 
 
 def test_a_routed_layer_is_a_dozen_kernels(alone, pool_of):
