@@ -87,3 +87,17 @@ def local_ranks() -> Iterator[Callable[[int], LocalRanks]]:
     yield find
     for ranks in started.values():
         ranks.close()
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[LocalRanks]:
+    """A process of this module's own: a device for which it computes would stay in those that others use."""
+    with LocalRanks(1) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[LocalRanks]:
+    """Two such processes over gloo; on a GPU they share it, as NCCL wants one for each rank."""
+    with LocalRanks(2) as ranks:
+        yield ranks

@@ -30,24 +30,11 @@ from test_parity import FIXTURES, error, load, make_pool, router_for
 
 import glider_dist as gd
 from glider_dist.lora.grouped import grouped_product, is_one_kernel
-from glider_dist.testing import LocalRanks, random_pool, tiny_causal
+from glider_dist.testing import random_pool, tiny_causal
 
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda", 0)
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[LocalRanks]:
-    with LocalRanks(1) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[LocalRanks]:
-    """Two processes that share the GPU, over gloo: NCCL wants a GPU for each rank."""
-    with LocalRanks(2) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize(("name", "experts"), [("llama", 5), ("llama", 40), ("t5", 12)])

@@ -3,26 +3,9 @@ for the device but those that are documented."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import device_cases
 import pytest
 from device_cases import MASK, ROUTERS
-
-from glider_dist.testing import LocalRanks
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[LocalRanks]:
-    """Not one of the processes that other tests use: there the stand-in device would stay."""
-    with LocalRanks(1) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[LocalRanks]:
-    with LocalRanks(2) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize(("name", "experts"), [("llama", 5), ("llama", 40), ("t5", 12)])
