@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import itertools
 import re
 import types
 import typing
@@ -34,14 +36,19 @@ class Setting:
         return self.kind in ("str", "str or None")
 
 
-def settings(cls: type = Config, prefix: str = "") -> Iterator[Setting]:
+@functools.cache
+def settings() -> tuple[Setting, ...]:
     """Every key of the configuration, in order."""
+    return tuple(_settings_of(Config, ""))
+
+
+def _settings_of(cls: type, prefix: str) -> Iterator[Setting]:
     hints = typing.get_type_hints(cls)
     default = cls()
     for item in dataclasses.fields(cls):
         key = f"{prefix}{item.name}"
         if dataclasses.is_dataclass(hints[item.name]):
-            yield from settings(hints[item.name], f"{key}.")
+            yield from _settings_of(hints[item.name], f"{key}.")
         else:
             metadata = item.metadata
             yield Setting(
@@ -73,7 +80,8 @@ def read_config(file: Path | None, overrides: Sequence[str], defaults: dict[str,
         OmegaConf.update(config, key, value)
     texts = {setting.key for setting in settings() if setting.is_text}
     if file is not None:
-        config = _merge(config, _read_yaml(file, texts), str(file))
+        config = _merge(config, [_read_yaml(file, texts)], str(file))
+    typed = []
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or not key:
@@ -83,10 +91,10 @@ def read_config(file: Path | None, overrides: Sequence[str], defaults: dict[str,
             item = f"{key}='{text}'"
         try:
             # The help prints None, which YAML would read as text.
-            value = OmegaConf.from_dotlist([f"{key}=null" if item == f"{key}=None" else item])
+            typed.append(OmegaConf.from_dotlist([f"{key}=null" if item == f"{key}=None" else item]))
         except Exception as error:
             raise GliderError(f"{item!r} cannot be read: {first_line(error)}") from None
-        config = _merge(config, value, "the command line")
+    config = _merge(config, typed, "the command line")
     for setting in settings():
         try:
             value = OmegaConf.select(config, setting.key)
@@ -135,13 +143,13 @@ def _keep_texts(value: Any, written: Any, texts: Collection[str], key: str = "")
     return written if key in texts and type(value) in (int, float) else value
 
 
-def _merge(config: Any, value: DictConfig, origin: str) -> Any:
+def _merge(config: Any, values: Sequence[DictConfig], origin: str) -> Any:
     known = {setting.key: setting for setting in settings()}
-    for name in value:
+    for name in itertools.chain(*values):
         group, dot, last = str(name).rpartition(".")
         if dot and name in known:
             raise GliderError(f"{origin}: {name} must be written as {last}, indented under {group}:")
-    for key in _leaves(value, known):
+    for key in itertools.chain(*(_leaves(value, known) for value in values)):
         inside = [other for other in known if other.startswith(key + ".")]
         if inside:
             raise GliderError(
@@ -151,7 +159,7 @@ def _merge(config: Any, value: DictConfig, origin: str) -> Any:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise GliderError(f"{origin}: unknown key {key!r}; the nearest is {near[0]!r}")
     try:
-        return OmegaConf.merge(config, value)
+        return OmegaConf.merge(config, *values)
     except OmegaConfBaseException as error:
         key = str(error.full_key or "")
         kind = f" ({known[key].kind} is expected)" if key in known else ""

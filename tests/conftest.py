@@ -55,10 +55,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_base(tmp_path_factory.mktemp("base") / "tiny", tiny_causal())
 
 
-@pytest.fixture(params=["rows", "all"])
+@pytest.fixture(params=["sorted", "every"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to compute a layer: rows sorted by expert, and every expert on every token."""
-    monkeypatch.setattr("glider_dist.model.routed.is_small", lambda x, bank, places: request.param == "all")
+    """How layers are computed: in the ways that have gradients, or as a test asks (``lora/ways.py``)."""
+    monkeypatch.setattr("glider_dist.lora.ways.cheapest_way", lambda *_: request.param)
     return request.param
 
 

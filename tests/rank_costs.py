@@ -9,6 +9,7 @@ import torch
 from host_waits import Waits
 from rank_cases import Case, Outcome, draw_inputs, run_case
 
+from glider_dist.lora.bank import SiteBank
 from glider_dist.parallel.exchange import Traffic, to_host
 
 
@@ -68,6 +69,9 @@ def run_like_gpu(
     """One exchange without what is done on a CPU alone, and what would wait for a GPU in it."""
     waits = Waits()
 
+    def way(tokens: int, places: int, x: torch.Tensor, bank: SiteBank) -> str:
+        return "every" if small and bank.num_experts > 0 else "sorted"
+
     def allowed(tensor: torch.Tensor) -> torch.Tensor:
         waits.allowed = True
         try:
@@ -77,7 +81,7 @@ def run_like_gpu(
 
     with (
         patch("glider_dist.lora.apply.fitted", lambda plan, bank, x: (plan, bank)),
-        patch("glider_dist.lora.apply.is_small", lambda x, bank, places: small and bank.num_experts > 0),
+        patch("glider_dist.lora.ways.cheapest_way", way),
         patch("glider_dist.parallel.dispatch.to_host", allowed),
     ):
         found = run_case(case, strategy, expert_parallel, watch=waits)

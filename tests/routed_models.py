@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from glider_dist.testing import tiny_causal, tiny_encoder_decoder, tiny_qwen, tiny_seq2seq
 
 NEVER = float("-inf")
@@ -14,4 +16,5 @@ MODELS: dict[str, Callable[[], Any]] = {
     "t5": tiny_seq2seq,
     "bert": tiny_encoder_decoder,
 }
+ALL_WAYS = pytest.mark.parametrize("way", ["sorted", "every", "each"], indirect=True)
 ALPHAS: dict[str, Any] = {"alpha_in": 6.0, "alpha_out": 1.5, "threshold": 0.5}

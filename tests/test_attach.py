@@ -63,6 +63,7 @@ def test_a_calibration_of_other_experts_is_warned_of_where_it_is_used(
     value = {"alpha_in": 7.0, "alpha_out": 2.0, "threshold": 0.4}
     value |= {"made_for": made_for(pool, pool.router_dir / FILE)}
     (pool.router_dir / CALIBRATION_FILE).write_text(json.dumps(value))
+    caplog.clear()
     model = gd.attach_pool(base, pool)
     assert not caplog.records
     pool.remove("c")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from small_jobs import HELD_IN, command, finish, program, settings, snapshot, start, write_tasks
 
+import glider_dist
 from glider_dist import cli
 from glider_dist.cli import main, parse
 from glider_dist.commands import COMMANDS, Command
@@ -55,6 +56,20 @@ def test_a_wrong_flag_is_refused(words: list[str]) -> None:
 def test_two_texts_are_refused() -> None:
     with pytest.raises(GliderError, match="'another text'"):
         parse(["predict", "one text", "another text"])
+
+
+def test_the_command_line_answers_without_loading_torch(tmp_path: Path) -> None:
+    code = "import sys; from glider_dist.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    for words in (["--help"], ["train-experts", "--help"], ["train-expert"], ["evaluate", "sede=3"]):
+        done = finish(start([sys.executable, "-c", code, *words], tmp_path))
+        assert done.out.splitlines()[-1] == "False", words
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(glider_dist.__all__) <= set(dir(glider_dist))
+    assert all(hasattr(glider_dist, name) for name in glider_dist.__all__)
+    with pytest.raises(AttributeError, match="attach_pol"):
+        _ = glider_dist.attach_pol
 
 
 def test_without_a_command_the_usage_is_printed_and_the_code_is_2() -> None:

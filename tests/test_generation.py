@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from routed_models import ALPHAS, MODELS, NEVER
+from routed_models import ALL_WAYS, ALPHAS, MODELS, NEVER
 
 import glider_dist as gd
 from glider_dist.evaluation.choices import cache_name, rank_choices
@@ -88,13 +88,6 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Attached
     return find
 
 
-@pytest.fixture(params=["rows", "all"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to compute a layer: rows sorted by expert, and every expert on every token."""
-    monkeypatch.setattr("glider_dist.model.routed.is_small", lambda x, bank, places: request.param == "all")
-    return request.param
-
-
 def generate(attached: Attached, chosen: Sequence[int], steps: int = 8, **settings: Any) -> Any:
     """What ``generate`` returns for these prompts in one batch, with the logits of every step."""
     encoded = [attached.collator.encode(PROMPTS[i]) for i in chosen]
@@ -124,6 +117,7 @@ def compare(attached: Attached, together: Any, alone: Any, row: int) -> int:
     return len(ids)
 
 
+@ALL_WAYS
 @pytest.mark.parametrize(
     ("name", "router"),
     [*((name, router) for name in ("llama", "t5") for router in ROUTERS), ("qwen", "glider"), ("bert", "glider")],
@@ -180,6 +174,7 @@ def test_beams_of_a_mixed_batch_equal_each_query_alone(name, router, loaded):
             assert [t for t in ids if t] == [t for t in theirs if t]
 
 
+@ALL_WAYS
 @pytest.mark.parametrize("name", MODELS)
 def test_generation_counts_real_tokens_and_cross_attention_counts_the_encoders(name, way, loaded):
     attached = loaded(name)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from glider_dist.lora import grouped
-from glider_dist.lora.apply import Plan, fitted, is_small, pad_groups, plan_rows
 from glider_dist.lora.bank import SiteBank
 from glider_dist.lora.grouped import grouped_product
+from glider_dist.lora.plan import Plan, fitted, pad_groups, plan_rows
+from glider_dist.lora.ways import cheapest_way
 from glider_dist.routing.route import Route
 
 EXPERTS, RANK, WIDTH, OUT = 5, 8, 16, 24
@@ -58,7 +59,7 @@ def test_a_gpu_sorts_rows_only_where_all_experts_would_cost_more(tokens, width, 
     ranks = (16,) * experts
     bank = SiteBank(meta(experts, 16, width), meta(experts, 16, width), meta(experts), meta(experts), ranks)
     with torch.set_grad_enabled(trains):
-        assert is_small(meta(tokens, width), bank, 2) == every
+        assert cheapest_way(tokens, 2, meta(tokens, width), bank) == ("every" if every else "sorted")
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 9, 1, 4], [0, 0, 0, 0, 1], [6, 6, 6, 6, 6], [40, 1, 0, 0, 2]])

@@ -136,10 +136,17 @@ def test_two_ranks_with_three_experts_end_where_one_process_does(tmp_path: Path,
     assert two.losses()[-1] < two.losses()[0]
     # AdamW divides by the gradient's size, and so enlarges the rounding of the smallest ones.
     assert largest_difference(adapters(two.path), adapters(alone.path)) < 1e-3
-    outcome = launch(two.folder, 2, ["evaluate", *words, "evaluate.routers=[phatgoose,glider]"])
+
+
+@pytest.mark.slow
+def test_two_ranks_over_a_sharded_base_answer_as_one_process_does(job: Job):
+    job.run("train-joint", joint__steps=5)
+    routers = "[phatgoose,glider]"
+    words = job.words(zero_stage=3, mesh__expert_parallel=2, evaluate__routers=routers)
+    outcome = launch(job.folder, 2, ["evaluate", *words])
     assert outcome.code == 0, outcome.err
-    two.run("evaluate", run_dir=two.folder / "run of one", evaluate__routers="[phatgoose,glider]")
-    assert answers(two.folder / "run") == answers(two.folder / "run of one")
+    job.run("evaluate", run_dir=job.folder / "run of one", evaluate__routers=routers)
+    assert answers(job.folder / "run") == answers(job.folder / "run of one")
 
 
 def answers(run: Path) -> dict[str, list[list[str]]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference_data import reference
+from routed_models import ALL_WAYS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -65,11 +66,9 @@ def error(logits: torch.Tensor, expected: torch.Tensor, inputs: dict) -> float:
     return ((logits - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("small", [False, True], ids=["rows", "all_experts"])
+@ALL_WAYS
 @pytest.mark.parametrize("name", FIXTURES)
-def test_every_routing_mode_matches_the_published_layer(name, small, tmp_path, capsys, monkeypatch):
-    # Both ways to compute a layer: rows sorted by expert, and every expert on every token.
-    monkeypatch.setattr("glider_dist.model.routed.is_small", lambda x, bank, places: small)
+def test_every_routing_mode_matches_the_published_layer(name, way, tmp_path, capsys):
     folder, model, inputs, expected, meta = load(name)
     pool = make_pool(folder, tmp_path / "pool")
     base = forward(model, inputs)

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from routed_models import NEVER
 
-from glider_dist.lora.apply import count_rows, plan_rows
+from glider_dist.lora.plan import count_rows, plan_rows
 from glider_dist.routing.route import Route, top_k_route, top_p_route
 
 

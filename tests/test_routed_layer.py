@@ -13,7 +13,7 @@ from glider_dist.model.attach import context_of
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize(
-    ("way", "width"), [("rows", (16, 24)), ("rows", (10, 7)), ("all", (16, 24))], indirect=["way"]
+    ("way", "width"), [("sorted", (16, 24)), ("sorted", (10, 7)), ("every", (16, 24))], indirect=["way"]
 )
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", ["glider", "phatgoose", "global", "arrow"])
@@ -35,6 +35,24 @@ def test_outputs_and_gradients_equal_the_dense_formula(kind, choice, way, width,
     (ours * pull.to(dtype)).sum().backward()
     limit = tolerance(dtype) if dtype == torch.float64 else 1e-4
     compare_gradients(case, bank, {"x": x, "similarity": similarity}, limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [(16, 24), (10, 7)])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("kind", ["glider", "arrow"])
+@pytest.mark.parametrize("way", ["each"], indirect=True)
+def test_rows_that_read_their_own_experts_give_the_dense_formula(kind, choice, width, dtype, way):
+    case = make_case(width, dtype=dtype)
+    router = gd.RouterConfig(kind=kind, temperature=0.7, **ALPHAS, **CHOICES[choice])
+    model, _ = case.attached(dtype)
+    gd.set_router(model, router)
+    with torch.no_grad(), gd.query_scores(model, case.similarity.detach().to(dtype)):
+        ours = model(case.x.detach().to(dtype), attention_mask=case.mask)
+    with torch.no_grad():
+        expected = dense(case, lambda query, u: served(token_scores(case, router, query, u), router))
+    assert error(ours, expected) < tolerance(dtype)
+    assert ours.dtype == dtype
 
 
 @pytest.mark.parametrize("kind", ["glider", "phatgoose", "arrow"])

@@ -15,7 +15,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_jobs import environment, finish, free_port, launch, program, settings, start, write_tasks
+from small_jobs import (
+    command,
+    cores,
+    environment,
+    finish,
+    free_port,
+    launch,
+    program,
+    settings,
+    start,
+    write_tasks,
+)
 
 from glider_dist.pool import ExpertPool
 from glider_dist.semantics.index import read_index
@@ -166,7 +177,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
 
     words.folder = folder  # type: ignore[attr-defined]
     for stage in ("describe", "index"):
-        done = finish(start([sys.executable, "-m", "glider_dist", *words(stage, stage)], folder))
+        done = command(*words(stage, stage))
         assert done.code == 0, done.err
     return words
 
@@ -193,7 +204,8 @@ def test_all_ranks_of_an_evaluation_share_one_service_and_nothing_of_it_is_recor
 ):
     folder: Path = job.folder  # type: ignore[attr-defined]
     before = services()
-    alone = launch(folder, 2, job("evaluate", "alone", evaluate__routers="[glider]"))
+    with cores(1):
+        alone = command(*job("evaluate", "alone", evaluate__routers="[glider]"))
     assert alone.code == 0, alone.err
     shared = launch(folder, 2, job("evaluate", "shared", evaluate__routers="[glider]", service__url="auto"))
     assert shared.code == 0, shared.err

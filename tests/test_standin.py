@@ -14,7 +14,7 @@ def test_a_forward_is_the_cpus_and_waits_only_for_its_mask(alone, pool_of, route
     (both,) = alone.run(device_cases.serve, "standin", name, pool_of(name, experts).path, ROUTERS[router])
     assert both.error < 1e-4
     # Where rows are sorted (40 experts), unused places cost each of the 14 layers a wait.
-    ragged = {"lora.apply.plan_rows": 14} if experts == 40 and router in ("top-p", "arrow_general", "lag") else {}
+    ragged = {"lora.plan.plan_rows": 14} if experts == 40 and router in ("top-p", "arrow_general", "lag") else {}
     assert both.ours == {MASK: 2 if name == "t5" else 1} | ragged
 
 

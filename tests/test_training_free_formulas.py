@@ -13,11 +13,9 @@ from glider_dist.lora.lag import delta_norms, norm_factors
 from glider_dist.pool import SiteLora
 
 
-@pytest.mark.parametrize("small", [True, False], ids=["all", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_mixed_batch_equals_the_formula(name, dtype, small, monkeypatch):
-    monkeypatch.setattr("glider_dist.model.routed.is_small", lambda x, bank, places: small)
+def test_a_mixed_batch_equals_the_formula(name, dtype, way):
     case = Case()
     router = gd.RouterConfig(temperature=0.7, **{**ALPHAS, **CASES[name]})
     model = case.attached(router, dtype)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from glider_dist.lora.apply import plan_rows, row_outputs
+from glider_dist.lora.apply import row_outputs
 from glider_dist.lora.bank import SiteBank
+from glider_dist.lora.plan import plan_rows
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement
 from glider_dist.routing.route import Route

@@ -6,8 +6,7 @@ import functools
 import re
 import unicodedata
 from collections.abc import Sequence
-
-from rouge_score import rouge_scorer, tokenizers
+from typing import Any
 
 from glider_dist.errors import GliderError
 
@@ -80,15 +79,16 @@ def _some(targets: Sequence[str]) -> Sequence[str]:
     return targets
 
 
-class _Words(tokenizers.Tokenizer):
-    def __init__(self) -> None:
-        self._ascii = tokenizers.DefaultTokenizer(use_stemmer=True)
-
-    def tokenize(self, text: str) -> list[str]:
-        words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
-        return [stem for word in words for stem in (self._ascii.tokenize(word) if word.isascii() else [word])]
-
-
 @functools.cache
-def _rouge() -> rouge_scorer.RougeScorer:
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words())
+def _rouge() -> Any:
+    # Only where it is needed: it loads much of scipy, scikit-learn and pandas.
+    from rouge_score import rouge_scorer, tokenizers
+
+    ascii_words = tokenizers.DefaultTokenizer(use_stemmer=True)
+
+    class Words(tokenizers.Tokenizer):
+        def tokenize(self, text: str) -> list[str]:
+            words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
+            return [stem for word in words for stem in (ascii_words.tokenize(word) if word.isascii() else [word])]
+
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words())

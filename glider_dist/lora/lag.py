@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from glider_dist.lora.apply import plan_rows
 from glider_dist.lora.bank import SiteBank
 from glider_dist.lora.grouped import grouped_product
+from glider_dist.lora.plan import plan_rows
 from glider_dist.routing.local import at_least_fp32
 from glider_dist.routing.route import Route
 

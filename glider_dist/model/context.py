@@ -17,11 +17,11 @@ from torch import nn
 
 from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
-from glider_dist.lora.apply import count_rows
 from glider_dist.lora.bank import SiteBank
 from glider_dist.lora.blocks import Blocks
 from glider_dist.lora.lag import delta_norms
 from glider_dist.lora.merge import merge_banks, subtract_general
+from glider_dist.lora.plan import count_rows
 from glider_dist.model.prototypes import Prototypes
 from glider_dist.model.shared import SharedInputs
 from glider_dist.model.tokens import Stacks, Tokens

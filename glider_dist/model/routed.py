@@ -8,13 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glider_dist.lora.apply import (
-    add_all_experts,
-    add_experts,
-    add_single_expert,
-    is_small,
-    plan_rows,
-)
+from glider_dist.lora.apply import add_experts, add_single_expert
 from glider_dist.lora.blocks import add_blocks
 from glider_dist.model.context import RoutingContext
 
@@ -60,7 +54,4 @@ class RoutedLinear(nn.Module):
         route = context.route(self.site, x, tokens, bank)
         context.count(self.site, route.expert_ids, route.ragged)
         route = context.local_ids(route)
-        if is_small(x_Td, bank, route.expert_ids.shape[1]):
-            return add_all_experts(y_To, x_Td, bank, route, tokens.keep).view_as(y)
-        plan = plan_rows(route, bank.num_experts)
-        return add_experts(y_To, x_Td, bank, plan, tokens.keep).view_as(y)
+        return add_experts(y_To, x_Td, bank, route, tokens.keep).view_as(y)

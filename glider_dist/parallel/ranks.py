@@ -115,6 +115,20 @@ class Ranks:
                 "start all ranks with the same one"
             )
 
+    def leave_word(self, key: str, word: str) -> None:
+        """For every rank to find with :meth:`word_left`, whatever each is doing: no collective."""
+        if self.world > 1:
+            # The store died with rank 0 if it cannot be reached, of which the next collective tells.
+            with contextlib.suppress(RuntimeError):
+                dist.distributed_c10d._get_default_store().set(key, word)
+
+    def word_left(self, key: str) -> str:
+        """What any rank has left, or nothing."""
+        with contextlib.suppress(RuntimeError):
+            if self.world > 1 and (store := dist.distributed_c10d._get_default_store()).check([key]):
+                return str(store.get(key).decode())
+        return ""
+
     def close(self) -> None:
         if self.control is not None and dist.is_initialized():
             dist.barrier(group=self.control)
@@ -161,7 +175,7 @@ def start_ranks(device: str = "auto") -> Ranks:
             # The deepspeed launcher sets no thread count; two ranks on two cores would run four threads.
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(max(1, cores // local_world))
-        _keep_memory()
+        keep_memory()
     control = None
     if world > 1:
         try:
@@ -193,7 +207,7 @@ def _open_many_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Let glibc keep freed blocks instead of returning them: a fresh 10 MB tensor costs its page faults anew
     each time, which on a CPU is more than the elementwise work on it."""
     if sys.platform != "linux":

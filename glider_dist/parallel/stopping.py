@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from glider_dist.errors import Stopped
-from glider_dist.parallel.ranks import ALONE, Ranks
+
+if TYPE_CHECKING:  # torch takes seconds to load, and a signal may come before
+    from glider_dist.parallel.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +52,11 @@ class StopWish:
         max_minutes: after which the job wishes it by itself; None: never.
 
     Attributes:
-        ranks: this job's processes, once they have met.
+        ranks: this job's processes, once they have met; None: this one alone.
         watched: whether signals have been taken as wishes.
     """
 
-    def __init__(self, max_minutes: float | None = None, ranks: Ranks = ALONE):
+    def __init__(self, max_minutes: float | None = None, ranks: Ranks | None = None):
         self.ranks = ranks
         self.watched = False
         self._limit = None if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -97,25 +98,15 @@ class StopWish:
         Raises:
             Stopped: on every rank, if any of them has broken off.
         """
-        if found := [reason for reason in self.ranks.gather(self._reason if broke_off else "") if reason]:
+        reason = self._reason if broke_off else ""
+        if found := [reason for reason in (self.ranks.gather(reason) if self.ranks else [reason]) if reason]:
             raise Stopped(found[0])
 
     def _from_others(self) -> str:
         if self._file and os.path.exists(self._file):
             return "the launcher was asked to"
-        if self.ranks.world == 1:
-            return ""
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            return store.get(_KEY).decode() if store.check([_KEY]) else ""
-        except RuntimeError as error:
-            # It died with rank 0, of which the next collective tells.
-            log.debug("the store cannot be reached: %s", error)
-            return ""
+        return self.ranks.word_left(_KEY) if self.ranks else ""
 
     def _tell_others(self) -> None:
-        if self.ranks.world > 1:
-            try:
-                dist.distributed_c10d._get_default_store().set(_KEY, self._reason)
-            except RuntimeError as error:
-                log.debug("the store cannot be reached: %s", error)
+        if self.ranks:
+            self.ranks.leave_word(_KEY, self._reason)

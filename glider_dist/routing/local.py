@@ -26,6 +26,8 @@ def exact_product(a: torch.Tensor, b: torch.Tensor, plus: torch.Tensor | None = 
 
 
 _EPS = 1e-5
+_FEW = 40_000
+"""Numbers of which a CPU computes a LayerNorm faster than several operations (measured: 64 rows of 576)."""
 
 
 def gate_prototypes(gates_Ed: torch.Tensor) -> torch.Tensor:
@@ -48,7 +50,7 @@ class Inputs(NamedTuple):
     @classmethod
     def of(cls, x_Td: torch.Tensor) -> Inputs:
         x_Td = at_least_fp32(x_Td)
-        if x_Td.device.type != "cpu":
+        if x_Td.device.type != "cpu" or x_Td.numel() <= _FEW:
             return cls(F.layer_norm(x_Td, x_Td.shape[-1:], eps=_EPS), None)  # the fewest kernels
         # Two plain reductions, which a CPU does several times as fast as a LayerNorm.
         square_T = torch.linalg.vector_norm(x_Td, dim=-1).square() / x_Td.shape[-1]
