@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from glider_dist.errors import GliderError
-from glider_dist.parallel.ranks import Ranks
+from glider_dist.parallel.ranks import Ranks, keep_memory
 
 _START_S = 600.0
 """Importing torch in N processes takes a loaded machine long."""
@@ -138,6 +138,7 @@ def joined_ranks() -> Ranks:
 def _serve(rank: int, world: int, store: str, timeout_s: float, pipe: Connection) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
+    keep_memory()
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, world),
