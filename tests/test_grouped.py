@@ -62,6 +62,28 @@ def test_a_gpu_sorts_rows_only_where_all_experts_would_cost_more(tokens, width, 
         assert cheapest_way(tokens, 2, meta(tokens, width), bank) == ("every" if every else "sorted")
 
 
+@pytest.mark.parametrize(
+    ("tokens", "experts", "trains", "way"),
+    [
+        (8, 8, False, "every"),
+        (8, 8, True, "every"),
+        (8, 166, False, "each"),
+        (64, 1024, False, "each"),
+        (8, 166, True, "sorted"),
+        (2048, 32, False, "sorted"),
+        (0, 8, False, "sorted"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_sorts_rows_only_where_experts_have_many_or_train(tokens, experts, trains, way, dtype) -> None:
+    bank = SiteBank(
+        torch.empty(experts, 16, 576, dtype=dtype), torch.empty(experts, 16, 576, dtype=dtype),
+        torch.ones(experts), torch.ones(experts, dtype=torch.bool),
+    )  # fmt: skip
+    with torch.set_grad_enabled(trains):
+        assert cheapest_way(tokens, 2, torch.empty(tokens, 576, dtype=dtype), bank) == way
+
+
 @pytest.mark.parametrize("counts", [[3, 0, 9, 1, 4], [0, 0, 0, 0, 1], [6, 6, 6, 6, 6], [40, 1, 0, 0, 2]])
 @pytest.mark.parametrize("multiple", [1, 4, 16])
 @pytest.mark.parametrize("equal", [False, True])
