@@ -45,7 +45,7 @@ __all__ = [
     "set_router",
 ]
 
-# Where each is: loaded when first asked for, as commands that submit or list load no torch.
+# Where each is: loaded when first asked for, so that help and mistakes in a command need no torch.
 _HOMES = {
     "config": ("RouterConfig",),
     "errors": ("GliderError",),
