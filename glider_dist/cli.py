@@ -155,9 +155,10 @@ def _main(argv: list[str]) -> int:
     if arguments.fresh and not command.launches:
         raise GliderError(f"--fresh belongs to quickstart, not to {arguments.command}")
     if arguments.ranks and not (plans or command.launches or arguments.command == "bench"):
+        instead = "slurm.nodes=N and slurm.ranks=M say" if arguments.command == "slurm" else "a launcher says"
         raise GliderError(
             "--ranks belongs to quickstart, plan, --dry-run and bench dispatch|joint, not to "
-            f"{arguments.command}; a launcher says how many ranks a stage has"
+            f"{arguments.command}; {instead} how many ranks a stage has"
         )
     if not command.serves:
         adopt_slurm(os.environ)

@@ -141,7 +141,9 @@ def cotrain(
     return {name: {**one, "drawn": drawn[name]} for name, one in found.items()}
 
 
-def stage(name: str, words: Sequence[str], turn: int | None = None, rank: int = 0, number: int = 0) -> str:
+def stage(
+    name: str, words: Sequence[str], turn: int | None = None, rank: int = 0, number: int = signal.SIGKILL
+) -> str:
     """Run a training stage on these ranks; before a turn, a signal is sent to one of them. How it ended."""
     torch.set_num_threads(1)
     ranks = here()
@@ -152,8 +154,11 @@ def stage(name: str, words: Sequence[str], turn: int | None = None, rank: int = 
     stop = StopWish(cfg.max_minutes, ranks)
 
     def send() -> None:
+        if number != signal.SIGKILL and not cfg.zero_stage:
+            ranks.barrier()  # a rank far ahead may have ended its experts; those of one sharded base keep together
         if ranks.rank == rank:
-            os.kill(os.getpid(), number or signal.SIGKILL)
+            os.kill(os.getpid(), number)
+            assert stop.wished  # which tells the others
 
     job, ended = Job(cfg, name, ranks, stop), "done"
     with stop.watching(), at_turn(turn, send):

@@ -31,6 +31,7 @@ def test_a_wrong_type_is_refused_with_the_type_that_is_expected(refused: Refused
         (["train-experts", "--rank", "2"], ["unknown flag --rank"]),
         (["quickstart", "--ranks", "two"], ["--ranks", "'two'"]),
         (["train-experts", "--ranks", "2"], ["--ranks", "quickstart"]),
+        (["slurm", "submit", "--ranks", "2"], ["--ranks", "not to slurm", "slurm.nodes=N and slurm.ranks=M"]),
         (["evaluate", "--fresh"], ["--fresh belongs to quickstart, not to evaluate"]),
         (["runs", "--dry-run"], ["--dry-run", "not to runs"]),
         (["evaluate", "some text"], ["'some text'"]),
