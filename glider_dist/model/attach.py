@@ -184,6 +184,12 @@ def context_of(model: nn.Module) -> RoutingContext:
     return context
 
 
+def shares_experts(model: nn.Module) -> bool:
+    """Whether each rank holds a part of the attached experts, so that a forward is a collective."""
+    context = model.__dict__.get(_CONTEXT)
+    return context is not None and context.dispatch is not None
+
+
 def set_router(model: nn.Module, router: RouterConfig, pool: ExpertPool | None = None) -> None:
     """Switch the router of an attached model; its experts stay loaded. Ranks that share the experts call it
     together. Scores set by a ``query_scores`` around it are forgotten.

@@ -7,7 +7,7 @@ the job and the step, so that jobs that share a node do not meet.
 from __future__ import annotations
 
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from glider_dist.errors import GliderError
 
@@ -38,6 +38,32 @@ def adopt_slurm(env: MutableMapping[str, str]) -> None:
             f"srun's variables SLURM_* cannot be read ({error!r}); start the ranks with srun"
         ) from None
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], world
+
+
+def ranks_on_node(env: Mapping[str, str], world: int) -> int:
+    """How many of the job's ranks run here, as torchrun, srun or another launcher says; else all."""
+    return min(int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world), world)
+
+
+def visible_gpu(env: MutableMapping[str, str], local_rank: int, local_world: int, visible: int) -> int:
+    """The GPU of a rank among those that it sees.
+
+    Where Slurm binds one GPU to each task (``--gpus-per-task``), each sees its own alone, as number 0; LOCAL_RANK,
+    by which DeepSpeed chooses, then becomes 0.
+
+    Raises:
+        GliderError: there are fewer GPUs than ranks.
+    """
+    if local_rank < visible:
+        return local_rank
+    on_node = env.get("SLURM_GPUS_ON_NODE", "")
+    if visible == 1 and on_node.isdecimal() and int(on_node) >= local_world:
+        env["LOCAL_RANK"] = "0"
+        return 0
+    raise GliderError(
+        f"rank {env.get('RANK', '0')} needs GPU {local_rank} of its node, but sees {visible}; start fewer ranks, "
+        "or see what hides the others (CUDA_VISIBLE_DEVICES, --gpu-bind)"
+    )
 
 
 def first_host(nodes: str) -> str:
