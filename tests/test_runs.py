@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +134,21 @@ def test_a_mistake_is_one_sentence(words, said, tmp_path, monkeypatch):
     assert outcome.code == 2
     assert said in outcome.errors[0]
     assert find_runs(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "age", "state", "reason"),
+    [
+        ("process 4711 on gpu17", 10, "running", ""),
+        ("process 4711 on gpu17", 3600, "killed", "nothing is heard of process 4711 on gpu17"),
+        (f"process 4711 on {socket.gethostname()}", 10, "killed", "its process is gone"),
+    ],
+)
+def test_a_run_of_another_node_that_was_heard_of_lately_is_running_though_its_lock_is_free_here(
+    owner, age, state, reason, tmp_path
+):
+    (tmp_path / "versions.json").write_text("{}")
+    (tmp_path / ".running").write_text(owner)
+    (tmp_path / "state.json").write_text(json.dumps({"state": "running", "updated": time.time() - age}))
+    found = read_run(tmp_path)
+    assert (found.state, found.reason) == (state, reason)

@@ -110,6 +110,9 @@ def test_the_chain_waits_member_for_member_and_then_for_all(job: Path) -> None:
     assert "#SBATCH --nodes=2\n" in scripts["evaluate.sbatch"]
     assert "#SBATCH --nodes=1\n" in scripts["describe.sbatch"]
     assert "GLIDER_SERVICE=yes\n" in scripts["evaluate.sbatch"]
+    assert "GLIDER_GROUP=run\n" in scripts["train-gates.sbatch"]
+    forced = slurm(job, "submit", "nodes=2", "service.fallback=false")
+    assert "GLIDER_SERVICE=must\n" in forced["evaluate.sbatch"]
     assert "GLIDER_SERVICE=no\n" in scripts["train-gates.sbatch"]
     assert not (job / "run").exists()
     assert "--array" not in slurm(job, "submit", "shards=1")["train-experts.sbatch"]

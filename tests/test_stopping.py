@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -137,13 +138,28 @@ def test_checkpoints_alone_are_enough_to_go_on_with_the_same_wandb_run(folder: P
     assert list((folder / "moved" / "wandb").glob(f"offline-run-*/run-{after.strip()}.wandb"))
 
 
-def test_an_evaluation_that_may_take_one_batch_a_start_gives_the_same_rows(folder, base):
+def add_choices(folder: Path, task: str) -> None:
+    """Give a task's test examples two choices each, the right one and a word more."""
+    path = folder / "tasks" / task / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["choices"] = [row["target"], f"{row['target']} moon"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(("by_choice", "least", "most"), [(False, 4, 6), (True, 8, 10)])
+def test_an_evaluation_that_may_take_one_batch_a_start_gives_the_same_rows(by_choice, least, most, folder, base):
     pool = random_pool(folder / "pool", tiny_causal(), experts=HELD_IN)
     describe_and_index(pool)
     words: dict[str, Any] = {"base": base, "evaluate__routers": "[base,phatgoose]", "evaluate__batch_size": 6}
-    # 16 queries: three batches, and the last of a row does not count as broken off.
+    if by_choice:
+        words["evaluate__rank_classification"] = True
+        for task in HELD_IN[:2]:
+            add_choices(folder / "tasks", task)
+    # 16 queries: three batches, and three more for two choices of 8 of them; the last of a row does not count as
+    # broken off.
     starts = starts_until_done("evaluate", settings(folder, max_minutes=1e-9, **words))
-    assert 4 <= starts <= 6
+    assert least <= starts <= most
     with cores(1):
         assert command("evaluate", *settings(folder, **{**words, "run_dir": folder / "run2"})).code == 0
 

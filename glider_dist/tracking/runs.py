@@ -13,7 +13,7 @@ from typing import Any
 from glider_dist.errors import GliderError
 from glider_dist.text_table import table
 from glider_dist.tracking.run import METRICS
-from glider_dist.tracking.state import STATE, holder
+from glider_dist.tracking.state import STATE, gone
 
 USAGE = """usage: glider-dist runs [FOLDER]        runs below FOLDER (default: runs) with state, progress and score
        glider-dist runs show RUN_DIR    one run, and the command that goes on with it
@@ -134,13 +134,13 @@ def read_run(path: Path) -> FoundRun:
         raise GliderError(f"{path} is no run directory (it has no versions.json); see glider-dist runs")
     state, versions = _object(path / STATE), _object(path / "versions.json")
     name, reason = str(state.get("state", "unknown")), str(state.get("reason") or "")
-    if name == "running" and not holder(path):
-        name, reason = "killed", "its process is gone"
+    updated = float(state.get("updated") or (path / "versions.json").stat().st_mtime)
+    if name == "running" and (why := gone(path, updated)):
+        name, reason = "killed", why
     progress = state.get("progress") or {}
     share = ""
     if progress.get("total"):
         share = f"{progress['what']} {progress['done']}/{progress['total']}"
-    updated = float(state.get("updated") or (path / "versions.json").stat().st_mtime)
     stage = str(state.get("stage") or path.name)
     return FoundRun(path, stage, name, reason, updated, share, _latest(path / METRICS), versions)
 
