@@ -356,3 +356,24 @@ def train_past_the_range(case: Case, path: str, good: int) -> tuple[str, bool, i
             )
             return str(error), same, loop.progress.step
         return "", False, loop.progress.step
+
+
+def gates_beside_uneven_experts(file: str) -> list[list[float]]:
+    """Each step's values of six gates, which are 1 to 6 and stay so, on ranks of three experts and of one.
+
+    Args:
+        file: additions to DeepSpeed's configuration.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+    cfg = Config(zero_stage=3, mesh=MeshConfig(expert_parallel=2), joint=JointConfig(deepspeed=file))
+    experts = {"one": torch.ones(1 if dist.get_rank() else 3, 4, 6)}
+    gates = {f"gate {index}": torch.full((11,), index + 1.0) for index in range(6)}
+    engine = ExpertEngine(experts, gates, 2, deepspeed_config(cfg, 2, 1e-3, 1000))
+    seen = []
+    for _ in range(5):
+        values = engine.values()
+        seen.append([float(values[key].detach().mean()) for key in gates])
+        engine.backward(torch.stack([value.square().sum() for value in values.values()]).sum(), last=True)
+        engine.step({"experts": 0.0, "gates": 0.0})
+    return seen

@@ -6,13 +6,23 @@ loss and state with sums of our own in the engine's place. DeepSpeed's own digit
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_joint import Case, Found, first_gradients, make_pool, reference, train_all
+from rank_joint import (
+    Case,
+    Found,
+    first_gradients,
+    gates_beside_uneven_experts,
+    make_pool,
+    reference,
+    train_all,
+)
 
 from glider_dist.testing import LocalRanks
 from glider_dist.training.joint_state import Tensors
@@ -164,3 +174,11 @@ def test_in_the_first_step_of_every_stage_experts_without_tokens_have_no_gradien
             assert not ours["norms"][idle].any()
             assert (ours["norms"][~idle] != 0).float().mean() > 0.8
             assert any(f"expert {name!r} got a gradient without" in ours["said"] for name in ours["names"])
+
+
+def test_under_zero_3_ranks_of_more_and_of_fewer_experts_gather_the_same_gates(local_ranks: Ranks, tmp_path: Path):
+    file = tmp_path / "ds.json"
+    # So few that one rank's experts leave no room for what the other's do.
+    file.write_text(json.dumps({"zero_optimization": {"stage3_max_live_parameters": 100}}))
+    wanted = [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 5
+    assert local_ranks(2).run(gates_beside_uneven_experts, str(file)) == [wanted, wanted]

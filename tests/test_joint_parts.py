@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glider_dist.config import Config, TrainConfig
+from glider_dist.config import Config, MeshConfig, TrainConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.batch import Encoded
 from glider_dist.model.tokens import Tokens
@@ -174,6 +174,7 @@ def test_the_files_in_launch_configs_say_what_is_used_without_one(stage: int):
         ({"bf16": {"enabled": True}}, ["bf16 is on", "fp32"]),
         ({"zero_optimization": {"sub_group_size": "auto"}}, ["sub_group_size is auto", "write a number"]),
         ({"optimizer": {"type": "Adam"}}, ["optimizer.type is Adam"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler is set", "train.warmup_ratio", "joint.learning_rate"]),
     ],
 )
 def test_a_file_that_contradicts_the_job_is_refused(content, words, tmp_path: Path):
@@ -191,6 +192,21 @@ def test_a_file_may_add_settings_and_choose_buckets(tmp_path: Path):
     assert made["zero_optimization"]["reduce_bucket_size"] == 7
     assert made["zero_optimization"]["stage"] == 2
     assert made["wall_clock_breakdown"] is True
+
+
+def test_ranks_of_different_experts_prefetch_nothing_and_no_file_makes_them(tmp_path: Path):
+    path = tmp_path / "ds.json"
+    joint = JointConfig(deepspeed=str(path))
+    cfg = Config(zero_stage=3, joint=joint, mesh=MeshConfig(expert_parallel=2))
+    for value in ("auto", 0):
+        path.write_text(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": value}}))
+        made = deepspeed_config(cfg, 2, 1e-3, 1000)["zero_optimization"]
+        assert made["stage3_prefetch_bucket_size"] == 0
+    path.write_text(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": 50}}))
+    with pytest.raises(GliderError, match=f"{path}: zero_optimization.stage3_prefetch_bucket_size is 50"):
+        deepspeed_config(cfg, 2, 1e-3, 1000)
+    alone = deepspeed_config(Config(zero_stage=3, joint=joint), 2, 1e-3, 1000)
+    assert alone["zero_optimization"]["stage3_prefetch_bucket_size"] == 50
 
 
 def test_recipes_take_what_joint_leaves_open_from_train():

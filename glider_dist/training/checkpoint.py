@@ -135,6 +135,16 @@ class Checkpoints:
             keys = file.keys()
             return {key: file.get_tensor(key) for key in keys if wanted(key)}
 
+    def remove_later(self, name: str, step: int) -> None:
+        """Delete a name's files of later steps than this one.
+
+        Raises:
+            OSError: one cannot be deleted.
+        """
+        for other in self.steps(name):
+            if other > step:
+                self.path(name, other).unlink(missing_ok=True)
+
     def remove(self, name: str) -> None:
         """Delete a name's files."""
         folder = self.folder / check_name(name, "checkpoint")

@@ -14,8 +14,9 @@ from glider_dist.training.joint_settings import JointConfig
 from glider_dist.training.trainee import Recipe
 
 _MOST_IN_A_BUCKET = 50_000_000
+_PREFETCH = "stage3_prefetch_bucket_size"
 # Left to the user where they are given; everything else must be what the job says.
-_FREE = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+_FREE = ("reduce_bucket_size", "allgather_bucket_size", _PREFETCH)
 _FREE_THRESHOLD = "stage3_param_persistence_threshold"
 
 
@@ -54,7 +55,8 @@ def deepspeed_config(cfg: Config, world: int, learning_rate: float, elements: in
             "reduce_scatter": True,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket,
+            # All parameters are fetched at once, so that there is nothing to gain.
+            _PREFETCH: 0,
             _FREE_THRESHOLD: 0,
         },
         "zero_allow_untested_optimizer": True,
@@ -69,7 +71,21 @@ def deepspeed_config(cfg: Config, world: int, learning_rate: float, elements: in
             raise GliderError(
                 f"{path}: {part} is on, but experts and gates train in fp32 over a base of any dtype; remove it"
             )
-    return _filled(given, made, str(path), "")
+    if "scheduler" in given:
+        raise GliderError(
+            f"{path}: scheduler is set, but train-joint sets the learning rates itself; remove it and use "
+            "train.warmup_ratio, joint.learning_rate and joint.gate_learning_rate"
+        )
+    result = _filled(given, made, str(path), "")
+    prefetch = result["zero_optimization"][_PREFETCH]
+    if cfg.zero_stage == 3 and cfg.mesh.expert_parallel > 1 and prefetch:
+        # How far it prefetches depends on the elements that are there, of which ranks with more experts have more:
+        # ranks would gather the gates in different groups.
+        raise GliderError(
+            f"{path}: zero_optimization.{_PREFETCH} is {prefetch}, with which ranks that own different experts "
+            "(mesh.expert_parallel) would gather the gates in different groups; write auto"
+        )
+    return result
 
 
 def check_joint(cfg: Config) -> None:

@@ -49,6 +49,8 @@ class JointKeeper:
         self.stopped = False
         self._steps, self._seconds = train.save_steps, 60 * train.save_minutes
         self._last = (0, time.monotonic())
+        self._writes = job.mesh is None or job.mesh.rank == job.mesh.replica_ranks[0]
+        self._given_up_after: int | None = 0
 
     def restore(self) -> dict[str, Tensors] | None:
         """Go on after the newest step of which all files are good, if there is any.
@@ -59,7 +61,7 @@ class JointKeeper:
         Raises:
             GliderError: on all ranks, if what the training depends on has changed.
         """
-        step = self._newest()
+        self._given_up_after = step = self._newest()
         if not step:
             return None
         shared = self.shared.read(_JOB, step)
@@ -84,29 +86,31 @@ class JointKeeper:
     def _newest(self) -> int:
         """The same on all ranks: each looks at the files of its own experts."""
         found = self.job.ranks.gather(self.job.ranks.together(self._good))
-        common = set.intersection(*(steps for steps, _ in found))
-        for problem in sorted({text for _, problems in found for text in problems}):
+        common = set.intersection(*(steps for _, steps, _ in found))
+        said = sorted({text for _, _, problems in found for text in problems})
+        if not said and not common and any(there for there, _, _ in found):
+            said = [f"no step in {self.shared.folder} has the files of all experts and of the job"]
+        for problem in said if self.job.ranks.is_main else ():
             older = f"step {max(common)} is used" if common else "the training starts anew"
-            if self.job.ranks.is_main:
-                log.warning("%s; %s", problem, older)
+            log.warning("%s; %s", problem, older)
         return max(common, default=0)
 
-    def _good(self) -> tuple[set[int], list[str]]:
-        """The steps of which this rank's files are good, and what is wrong with others, a sentence each."""
+    def _good(self) -> tuple[bool, set[int], list[str]]:
+        """Whether any file is there, the steps of which all of this rank's files are good, and what is wrong with
+        others, a sentence each."""
         names = [self.trained.names[expert] for expert in self.trained.own]
-        good = set(self.shared.steps(_JOB))
+        parts = [(self.shared, _JOB), *((self.experts, name) for name in names)]
+        steps = [set(files.steps(name)) for files, name in parts]
+        good = set.intersection(*steps)
         problems: list[str] = []
-        for files, name in [(self.shared, _JOB), *((self.experts, name) for name in names)]:
+        for files, name in parts:
             for step in sorted(good):
                 try:
-                    if step not in files.steps(name):
-                        good.discard(step)
-                    else:
-                        files.read(name, step)
+                    files.read(name, step)
                 except Damaged as error:
                     good.discard(step)
                     problems.append(str(error))
-        return good, problems
+        return any(steps), good, problems
 
     def _check(self, step: int, before: Facts) -> None:
         if said := what_changed("joint training", step, before, self.facts, self.shared.folder):
@@ -133,11 +137,11 @@ class JointKeeper:
         """Copy the state, and write it in the background."""
         # Until all have the last one whole, none may delete the one before it.
         self.wait()
+        self._remove_given_up()
         step = self.loop.progress.step
         state = gather_state(self.engine, self.trained)
-        mesh = self.job.mesh
         writes: list[Callable[[], Any]] = []
-        if mesh is None or mesh.rank == mesh.replica_ranks[0]:
+        if self._writes:
             for name, tensors in state.items():
                 more = {f"{_BEST}{key}": value for key, value in (best or {}).get(name, {}).items()}
                 writes.append(partial(self.experts.write, name, step, {**tensors, **more}, {"step": step}))
@@ -153,6 +157,17 @@ class JointKeeper:
             writes.append(partial(self.shared.write, _JOB, step, loads, record))
         self.background.submit(*writes)
         self._last = (step, time.monotonic())
+
+    def _remove_given_up(self) -> None:
+        """Before the first save: files of saves that were cut off, later than the step that all have, which they
+        would push out. They are gone before any rank writes, lest one be taken for a file of a new save."""
+        if self._given_up_after is None:
+            return
+        names = [self.trained.names[expert] for expert in self.trained.own] if self._writes else []
+        files = [(self.experts, name) for name in names] + [(self.shared, _JOB)] * self.job.ranks.is_main
+        self.background.submit(*(partial(each.remove_later, name, self._given_up_after) for each, name in files))
+        self.wait()
+        self._given_up_after = None
 
     def wait(self) -> None:
         """Until all ranks have written; raises on all of them what failed on any."""
