@@ -27,10 +27,13 @@ class Site:
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
     # Widths, not weight.shape: ZeRO 3 and quantised layers keep no full weight.
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nx"):
         return int(module.nf), int(module.nx)  # type: ignore[arg-type]
+    # The layers of GPTQ, AWQ, HQQ and AQLM are no nn.Linear. What holds other layers (PEFT's) is no single one.
+    if isinstance(module, nn.Linear) or next(module.children(), None) is None:
+        widths = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        if isinstance(widths[0], int) and isinstance(widths[1], int):
+            return widths[0], widths[1]
     return None
 
 
