@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from glider_dist.errors import GliderError
+from glider_dist.model.sites import language_model
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Stacks:
         if getattr(config, "is_encoder_decoder", False):
             self.modules = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}  # type: ignore[operator]
         else:
-            self.modules = {"decoder": getattr(model, "base_model", model)}
+            self.modules = {"decoder": language_model(model)}
         # The first stack that holds a module: an encoder's are no part of the decoder's.
         self.stack_of_module = {
             inner: name for name, stack in reversed(self.modules.items()) for inner in stack.modules()
