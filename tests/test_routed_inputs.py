@@ -10,6 +10,7 @@ from routed_cases import make_case
 from routed_models import ALPHAS
 
 import glider_dist as gd
+from glider_dist.model.tokens import padding_mask
 from glider_dist.testing import (
     random_pool,
     tiny_causal,
@@ -73,6 +74,29 @@ def test_experts_may_have_another_dtype_than_the_base(kind, base, experts, way, 
             logits = model(ids).logits
     assert logits.dtype == base
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16], ids=str)
+def test_padding_is_read_from_a_mask_of_queries_and_keys_as_well(dtype, kind, left):
+    rows = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+    rows = (rows if left else rows.flip(1)).bool()
+    allowed = rows[:, None, None, :].expand(-1, 1, 5, -1)
+    allowed = allowed & torch.ones(5, 5).tril().bool() if kind == "causal" else allowed
+    mask = allowed if dtype == torch.bool else torch.zeros(allowed.shape, dtype=dtype)
+    mask = mask if dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(dtype).min)
+    for given in (mask, {"sliding_attention": None, "full_attention": mask}):
+        assert torch.equal(padding_mask(given), rows)
+    if kind == "causal" and left:
+        # Room for what will be generated.
+        roomy = torch.nn.functional.pad(mask, (0, 4), value=0 if dtype == torch.bool else -torch.inf)
+        assert torch.equal(padding_mask(roomy), rows)
+
+
+@pytest.mark.parametrize("mask", [None, {}, {"full_attention": None}, "a block mask"])
+def test_what_is_no_mask_of_padding_is_none(mask):
+    assert padding_mask(mask) is None
 
 
 def test_a_layer_called_outside_its_model_says_so():

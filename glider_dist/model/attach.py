@@ -64,7 +64,8 @@ def attach_pool(
 
     Raises:
         GliderError: the pool was made for another base, is empty or damaged, lacks gates that the router needs,
-            adapts a layer that the model lacks or with another shape, or the model already has a pool;
+            adapts a layer that the model lacks or with another shape, adapts none that can be found in the model,
+            or the model already has a pool;
             ``dispatch`` is unknown or cannot reach the experts, or the router is refused as by
             :func:`set_router`. With a mesh also: a rank sees another pool or placement than rank 0, replicas
             differ, a rank cannot read its experts, or the placement is for another number of ranks. The model
@@ -104,6 +105,11 @@ def attach_pool(
         )
     context.pool = pool
     try:
+        if not any(isinstance(module, RoutedLinear) for module in model.modules()):
+            raise GliderError(
+                f"no layer that pool {pool.path} adapts is one of the {len(linear_sites(model))} linear layers of "
+                f"this {type(model).__name__} (those with in_features and out_features), so no expert could act"
+            )
         set_router(model, router)
     except GliderError:
         detach(model)

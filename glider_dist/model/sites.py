@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from glider_dist.errors import GliderError
 from glider_dist.pool import Fingerprint
@@ -27,11 +28,22 @@ class Site:
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
     # Widths, not weight.shape: ZeRO 3 and quantised layers keep no full weight.
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nx"):
         return int(module.nf), int(module.nx)  # type: ignore[arg-type]
+    # The layers of GPTQ, AWQ, HQQ and AQLM are no nn.Linear. What holds other layers (PEFT's) is no single one.
+    if isinstance(module, nn.Linear) or next(module.children(), None) is None:
+        widths = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        if isinstance(widths[0], int) and isinstance(widths[1], int):
+            return widths[0], widths[1]
     return None
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """What the tokens of a model with one stack run through: no head, and nothing that embeds images or sound."""
+    body: Any = getattr(model, "base_model", model)
+    # OPT and BART call it themselves, past the body. ModernBERT's head has the name by which it is looked for.
+    inner: Any = model.get_decoder() if hasattr(model, "get_decoder") else body  # type: ignore[operator]
+    return inner if isinstance(inner, PreTrainedModel) else body
 
 
 def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str, Site]:
