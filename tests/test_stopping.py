@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -40,6 +41,7 @@ from glider_dist.parallel.stopping import STOP_FILE, StopWish
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json
 from glider_dist.semantics.embedder import Embedder
+from glider_dist.semantics.global_router import Ahead
 from glider_dist.semantics.index import FILE, load_index
 from glider_dist.testing import LocalRanks, random_pool, tiny_causal
 
@@ -317,3 +319,19 @@ def test_a_signal_to_the_quickstart_stops_its_ranks(folder: Path, base: Path) ->
     outcome = finish(process)
     assert outcome.code == EXIT_STOPPED, outcome.err
     assert not list((folder / "run").glob(".stop*"))
+
+
+def test_similarities_that_nobody_waits_for_any_more_are_not_asked_for():
+    asked = []
+
+    def similarity(queries: list[str]) -> torch.Tensor:
+        asked.append(queries)
+        time.sleep(0.05)
+        return torch.zeros(len(queries), 2)
+
+    router: Any = SimpleNamespace(similarity=similarity, index=SimpleNamespace(names=("a", "b")))
+    queries = [str(number) for number in range(100)]
+    with pytest.raises(RuntimeError), Ahead(router, queries, [[number] for number in range(100)]) as ahead:
+        assert ahead[[0]].shape == (1, 2)
+        raise RuntimeError("out of memory")
+    assert len(asked) <= 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -88,54 +89,52 @@ def evaluate_router(
         # Loading the embedder is not part of a query's time.
         router.embedder.embed(["warm up"])
     job.ranks.barrier()
-    started = time.perf_counter()
-    similarity, before = None, {}
-    if needs_scores(used):
-        if router is None:
-            raise GliderError(f"router {kind!r} needs the index of the pool; run index first")
-        before = dict(router.seconds)
-        batches = list(runner.batches([queries[i].encoded for i in mine]))
-        similarity = Ahead(router, [queries[i].instruction for i in mine], batches)
-    own = experts[mine] if experts is not None else None
-    scope = router_scope(model, used, similarity, own)
-    reset_routing_stats(model)
+    with contextlib.ExitStack() as ended:
+        started = time.perf_counter()
+        similarity, before = None, {}
+        if needs_scores(used):
+            if router is None:
+                raise GliderError(f"router {kind!r} needs the index of the pool; run index first")
+            before = dict(router.seconds)
+            batches = list(runner.batches([queries[i].encoded for i in mine]))
+            similarity = ended.enter_context(Ahead(router, [queries[i].instruction for i in mine], batches))
+        own = experts[mine] if experts is not None else None
+        scope = router_scope(model, used, similarity, own)
+        reset_routing_stats(model)
 
-    def note(found: dict[int, str]) -> None:
+        def note(found: dict[int, str]) -> None:
+            if partial is not None:
+                partial.answered({mine[place]: text for place, text in found.items()}, _tokens(model, pool))
+
+        texts = runner.answers(
+            [queries[i].encoded for i in mine],
+            cfg.evaluate.max_new_tokens,
+            scope,
+            known=_places(mine, partial.texts if partial is not None else {}),
+            on_batch=note,
+        )
         if partial is not None:
-            partial.answered({mine[place]: text for place, text in found.items()}, _tokens(model, pool))
-
-    texts = runner.answers(
-        [queries[i].encoded for i in mine],
-        cfg.evaluate.max_new_tokens,
-        scope,
-        known=_places(mine, partial.texts if partial is not None else {}),
-        on_batch=note,
-    )
-    if partial is not None:
-        partial.save()
-    if runner.broke_off and similarity is not None:
-        similarity.close()
-    job.stop.agree(runner.broke_off)
-    seconds = max(job.ranks.gather(time.perf_counter() - started)) + (partial.seconds if partial else 0.0)
-    waited = similarity.waited if similarity is not None else 0.0
-    choices: list[int | None] = [None] * len(mine)
-    if cfg.evaluate.rank_classification:
-        choices = _choices(job, pool, [queries[i] for i in mine], mine, scope, partial)
-    latency = {"model": seconds}
-    scores = None
-    if similarity is not None and router is not None:
-        scores = similarity.all()
-        similarity.close()
-        latency = _latency(job, router, before, waited, seconds)
-    rows = []
-    for place, i in enumerate(mine):
-        first = None
-        if scores is not None and queries[i].owner is not None:
-            first = int(scores[place].argmax()) == queries[i].owner
-        rows.append((i, _result(queries[i], texts[place], choices[place], first)))
-    everything = dict(row for rows in job.ranks.gather(rows) for row in rows)
-    result = RouterResult(kind, tuple(everything[i] for i in range(len(queries))), seconds, made_with(job))
-    return result, {**_routing(job, model, pool, partial), "seconds": latency}
+            partial.save()
+        job.stop.agree(runner.broke_off)
+        seconds = max(job.ranks.gather(time.perf_counter() - started)) + (partial.seconds if partial else 0.0)
+        waited = similarity.waited if similarity is not None else 0.0
+        choices: list[int | None] = [None] * len(mine)
+        if cfg.evaluate.rank_classification:
+            choices = _choices(job, pool, [queries[i] for i in mine], mine, scope, partial)
+        latency = {"model": seconds}
+        scores = None
+        if similarity is not None and router is not None:
+            scores = similarity.all()
+            latency = _latency(job, router, before, waited, seconds)
+        rows = []
+        for place, i in enumerate(mine):
+            first = None
+            if scores is not None and queries[i].owner is not None:
+                first = int(scores[place].argmax()) == queries[i].owner
+            rows.append((i, _result(queries[i], texts[place], choices[place], first)))
+        everything = dict(row for rows in job.ranks.gather(rows) for row in rows)
+        result = RouterResult(kind, tuple(everything[i] for i in range(len(queries))), seconds, made_with(job))
+        return result, {**_routing(job, model, pool, partial), "seconds": latency}
 
 
 def _choices(

@@ -218,7 +218,8 @@ class RemoteEmbedder:
                         return {}
                     raise _Refused(response.status_code, _message(response))
                 with contextlib.suppress(ValueError):
-                    pause = max(pause, min(float(response.headers.get("retry-after", "")), 30.0))
+                    told = min(float(response.headers.get("retry-after", "")), 30.0)
+                    pause = max(pause, told * random.uniform(1.0, 1.5))
             time.sleep(pause)
         raise Unreachable(f"the embedding endpoint gave no answer within {self.settings.timeout:g} s ({reason})")
 
