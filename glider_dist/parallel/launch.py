@@ -1,4 +1,6 @@
-"""What ``srun`` tells a process, in torch's words: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+"""What a launcher gives a process: its place among the ranks, its GPU and its files.
+
+``srun`` tells it in words of its own; torch's are RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
 Slurm names no meeting place. Ours is the first node of the step, where rank 0 runs, and a port that follows from
 the job and the step, so that jobs that share a node do not meet.
@@ -6,7 +8,10 @@ the job and the step, so that jobs that share a node do not meet.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import resource
+import sys
 from collections.abc import Mapping, MutableMapping
 
 from glider_dist.errors import GliderError
@@ -93,3 +98,17 @@ def tasks_per_node(text: str) -> list[int]:
 def port_of(job: int, step: int) -> int:
     """The port where the ranks of a job's step meet."""
     return _FIRST_PORT + (job * _STEPS + step % _STEPS) % _PORTS
+
+
+def open_many_files() -> int:
+    """Let this process open as many files as it may; returns how many.
+
+    Each expert that is written holds a lock, each rank a connection to every other, and a service one to each
+    client: together more than the usual 1,024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft

@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from glider_dist.errors import GliderError
-from glider_dist.parallel.launch import adopt_slurm, ranks_on_node, visible_gpu
+from glider_dist.parallel.launch import adopt_slurm, open_many_files, ranks_on_node, visible_gpu
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -162,7 +161,7 @@ def start_ranks(device: str = "auto") -> Ranks:
         GliderError: no GPU where one was asked for, fewer GPUs than ranks on this node, or the ranks do not meet.
     """
     rank, world, local_rank, local_world = _environment()
-    _open_many_files()
+    open_many_files()
     cuda = torch.cuda.is_available() and device in ("auto", "cuda")
     if device == "cuda" and not cuda:
         raise GliderError("device=cuda, but torch sees no GPU here; use device=cpu or a CUDA build of torch")
@@ -197,15 +196,6 @@ def _apart(rank: int, world: int, reason: str) -> str:
         )
     where, reason = f"{address}:{port}", " ".join(reason.split())[:200]
     return f"rank {rank} of {world} did not meet the others at {where} ({reason}); see whether rank 0 runs there"
-
-
-def _open_many_files() -> None:
-    """Each expert that is written holds a lock, and each rank a connection to every other: together more than the
-    1,024 files that a process may usually open before it asks for more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def keep_memory() -> None:
