@@ -101,7 +101,7 @@ def _train(
     started = time.perf_counter()
     ensure_group(job.base.device)
     config = deepspeed_config(cfg, job.ranks.world, recipe.learning_rate, trained.elements)
-    engine = ExpertEngine(trained.experts, trained.gates, _parallel(job), config)
+    engine = ExpertEngine(*trained.initial(), _parallel(job), config)
     packing = packing_for(
         job.base.device, job.base.model, cfg.train.micro_batch_tokens, cfg.train.micro_batch_size
     )
