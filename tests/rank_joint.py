@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import random
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,10 +205,10 @@ def prepared(case: Case, path: str) -> Iterator[tuple[JointLoop, Trained, Any]]:
             owned = context.dispatch.placement.owned(mesh.expert_rank)
         trained = Trained(context, owned, case.chosen, case.train != "gates", case.train != "experts")
         if case.engine == "plain":
-            engine: Any = PlainEngine(trained.experts, trained.gates, mesh, case)
+            engine: Any = PlainEngine(*trained.initial(), mesh, case)
         else:
             config = deepspeed_config(cfg, dist.get_world_size(), 1e-3, trained.elements)
-            engine = ExpertEngine(trained.experts, trained.gates, case.parts, config)
+            engine = ExpertEngine(*trained.initial(), case.parts, config)
         extras = RouterExtras(cfg.joint, 3, 2, len(context.banks))
 
         def scope(rows: Sequence[Row]) -> Any:
@@ -377,3 +379,29 @@ def gates_beside_uneven_experts(file: str) -> list[list[float]]:
         engine.backward(torch.stack([value.square().sum() for value in values.values()]).sum(), last=True)
         engine.step({"experts": 0.0, "gates": 0.0})
     return seen
+
+
+def originals_left(case: Case, path: str) -> set[str]:
+    """Of which experts and gates that train the values from before are still in memory after two steps."""
+    seen: list[tuple[str, Any]] = []
+    initial = Trained.initial
+
+    def noted(trained: Trained) -> tuple[Tensors, Tensors]:
+        given = initial(trained)
+        seen.extend((key, weakref.ref(value)) for part in given for key, value in part.items())
+        for key in (*trained.experts, *trained.gates):
+            site, _, kind = key.rpartition(".")
+            stack = trained.context.gates[site] if kind == "gate" else getattr(trained.context.banks[site], kind)
+            seen.append((key, weakref.ref(stack)))
+        return given
+
+    Trained.initial = noted  # type: ignore[method-assign]
+    try:
+        with prepared(case, path) as (loop, _, _):
+            for step in range(2):
+                loop.step(rows_of(step, case.batch))
+            gc.collect()
+            assert seen
+            return {key for key, value in seen if value() is not None}
+    finally:
+        Trained.initial = initial  # type: ignore[method-assign]

@@ -49,7 +49,8 @@ def keeper(folder: Path) -> JointKeeper:
         checkpoints=lambda part, keep: Checkpoints(folder / part, keep),
     )
     loop: Any = SimpleNamespace(progress=Progress(), extras=SimpleNamespace(loads={}))
-    engine: Any = Engine({**trained.experts, **trained.gates})
+    experts, gates = trained.initial()
+    engine: Any = Engine({**experts, **gates})
     return JointKeeper(job, engine, trained, loop, {"facts": "the same"})
 
 

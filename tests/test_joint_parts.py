@@ -16,7 +16,7 @@ from glider_dist.model.tokens import Tokens
 from glider_dist.pool import ExpertPool
 from glider_dist.testing import random_pool, tiny_causal
 from glider_dist.training.batches import Packing
-from glider_dist.training.joint_batches import Row, micro_batches, share
+from glider_dist.training.joint_batches import Mixture, Row, micro_batches, share
 from glider_dist.training.joint_config import deepspeed_config, recipes_of
 from glider_dist.training.joint_keep import is_gate
 from glider_dist.training.joint_params import Rows
@@ -49,6 +49,17 @@ def test_ranks_share_a_batch_evenly_and_take_equally_many_forwards(ranks: int, c
     assert all(len(micro) <= 2 for part in micros for micro in part)
 
 
+def test_a_training_that_goes_on_encodes_nothing_of_the_steps_that_are_done():
+    encoded: list[int] = []
+    mixture = object.__new__(Mixture)
+    mixture.examples = [None] * 7  # type: ignore[list-item]
+    mixture.row = lambda index, place: encoded.append(index) or (index, place)  # type: ignore
+    whole = list(mixture.steps(3, batch_size=4, steps=6))
+    encoded.clear()
+    assert list(mixture.steps(3, batch_size=4, steps=6, done=4)) == whole[4:]
+    assert len(encoded) == 2 * 4
+
+
 # Trained and frozen rows --------------------------------------------------------------------------------------
 
 
@@ -56,7 +67,7 @@ def test_ranks_share_a_batch_evenly_and_take_equally_many_forwards(ranks: int, c
 def test_trained_rows_replace_theirs_and_all_depend_on_the_parameter(trained: tuple[int, ...]):
     stack, which = torch.randn(4, 2, 3), Rows(trained, 4)
     value = which.pick(stack).add(1.0).requires_grad_()
-    merged = which.merge(value, stack)
+    merged = which.merge(value, which.rest(stack))
     expected = stack.clone()
     expected[list(trained)] += 1.0
     assert torch.allclose(merged, expected)
@@ -69,7 +80,7 @@ def test_a_rank_without_experts_has_a_row_that_nothing_reads():
     which = Rows((), 0)
     value = which.pick(torch.zeros(0, 2, 3)).requires_grad_()
     assert value.shape == (1, 2, 3)
-    merged = which.merge(value, torch.zeros(0, 2, 3))
+    merged = which.merge(value, which.rest(torch.zeros(0, 2, 3)))
     assert merged.shape == (0, 2, 3)
     assert merged.requires_grad
 

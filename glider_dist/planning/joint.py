@@ -59,7 +59,7 @@ def plan_joint(target: Target) -> StagePlan:
     stage = cfg.zero_stage if target.world > 1 else 0
     plan.memory = {
         **target.base_bytes(),
-        "the pool as it was": _FP32 * sum(_elements(target)) + _FP32 * (experts + gates),
+        "experts and gates that stay": _FP32 * staying_elements(target),
         "experts in training": zero_bytes(experts, replicas, stage),
         "gates in training": zero_bytes(gates, target.world, stage),
         "activations, logits": cost.peak,
@@ -102,6 +102,12 @@ def trained_elements(target: Target) -> tuple[int, int]:
     share = len(joint.experts) / len(target.experts.names) if joint.experts else 1.0
     own = min(experts, round(share * experts * target.expert_parallel))
     return (0 if joint.train == "gates" else own), (0 if joint.train == "experts" else round(share * gates))
+
+
+def staying_elements(target: Target) -> int:
+    """Of experts and gates of which some train: the others, and in each forward all of them in one piece."""
+    pairs = list(zip(_elements(target), trained_elements(target), strict=True))
+    return sum(every - trained + (every if 0 < trained < every else 0) for every, trained in pairs)
 
 
 def zero_bytes(elements: int, ranks: int, stage: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from glider_dist.errors import GliderError
 from glider_dist.model.batch import Collator, Encoded
@@ -51,9 +52,10 @@ class Mixture:
     def rows(self) -> list[Row]:
         return [self.row(index, index) for index in range(len(self))]
 
-    def steps(self, seed: int, batch_size: int, steps: int) -> Iterator[list[Row]]:
-        """The rows of each step's global batch; their order follows from the seed alone."""
-        for chosen in step_indices(seed, "train-joint", len(self), batch_size, steps):
+    def steps(self, seed: int, batch_size: int, steps: int, done: int = 0) -> Iterator[list[Row]]:
+        """The rows of each step's global batch, but for those of the steps that are done; their order follows from
+        the seed alone."""
+        for chosen in islice(step_indices(seed, "train-joint", len(self), batch_size, steps), done, None):
             yield [self.row(index, place) for place, index in enumerate(chosen)]
 
 

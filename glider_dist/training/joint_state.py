@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from glider_dist.training.deepspeed_moe import MOMENTS, ExpertEngine
-from glider_dist.training.joint_params import Trained
-
-Tensors = dict[str, torch.Tensor]
+from glider_dist.training.joint_params import Tensors, Trained
 
 
 def gather_state(engine: ExpertEngine, trained: Trained, moments: bool = True) -> dict[str, Tensors]:
@@ -33,7 +31,7 @@ def gather_state(engine: ExpertEngine, trained: Trained, moments: bool = True) -
         for moment in (None, *MOMENTS) if moments else (None,):
             whole = engine.full(key, moment).cpu()
             for expert in trained.own:
-                if (part := _part(trained, key, expert, whole)) is not None:
+                if (part := trained.part(key, expert, whole)) is not None:
                     name = key if moment is None else f"{key}.{moment}"
                     found[trained.names[expert]][name] = part.clone()
     return found
@@ -46,27 +44,13 @@ def load_state(engine: ExpertEngine, trained: Trained, read: Callable[[str], Map
         read: from an expert's name to its tensors, with moments; asked for the experts that this rank owns, and
             for the gates of all.
     """
-    for key, initial in (*trained.experts.items(), *trained.gates.items()):
+    for key, like in (*trained.experts.items(), *trained.gates.items()):
         for moment in (None, *MOMENTS):
-            whole = torch.zeros_like(initial)
+            whole = torch.zeros_like(like, device="cpu")
             for expert in trained.own if key in trained.experts else trained.chosen:
-                part = _part(trained, key, expert, whole)
+                part = trained.part(key, expert, whole)
                 tensor = read(trained.names[expert]).get(key if moment is None else f"{key}.{moment}")
                 # An expert has no gate where it does not adapt the site.
                 if part is not None and tensor is not None:
                     part.copy_(tensor)
             engine.set_full(key, whole, moment)
-
-
-def _part(trained: Trained, key: str, expert: int, whole: torch.Tensor) -> torch.Tensor | None:
-    """The view of one expert in a parameter, without padding; None if it does not adapt the site.
-
-    Of the gates of experts that live on other ranks this rank does not know which sites these adapt.
-    """
-    site, _, kind = key.rpartition(".")
-    rank = trained.rank_of(expert, site) if expert in trained.own else None
-    if rank == 0:
-        return None
-    if kind == "gate":
-        return whole[trained.chosen.index(expert)]
-    return whole[trained.own.index(expert), :rank]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ def _train(
     started = time.perf_counter()
     ensure_group(job.base.device)
     config = deepspeed_config(cfg, job.ranks.world, recipe.learning_rate, trained.elements)
-    engine = ExpertEngine(trained.experts, trained.gates, _parallel(job), config)
+    engine = ExpertEngine(*trained.initial(), _parallel(job), config)
     packing = packing_for(
         job.base.device, job.base.model, cfg.train.micro_batch_tokens, cfg.train.micro_batch_size
     )
@@ -133,7 +132,7 @@ def _train(
     ):
         if not loop.progress.validation:
             _tell(job, loop, loop.validate(validation))
-        loop.run(islice(train.steps(cfg.seed, recipe.batch_size, recipe.steps), done, None), after, ask)
+        loop.run(train.steps(cfg.seed, recipe.batch_size, recipe.steps, done), after, ask)
     bar.close()
     job.stop.agree(keeper.stopped and loop.progress.step < recipe.steps)
     if best is None:
