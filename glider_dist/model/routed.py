@@ -13,6 +13,11 @@ from glider_dist.lora.blocks import add_blocks
 from glider_dist.model.context import RoutingContext
 
 
+def routed_layers(model: nn.Module) -> dict[str, RoutedLinear]:
+    """The routed layers of an attached model by their site."""
+    return {module.site: module for module in model.modules() if isinstance(module, RoutedLinear)}
+
+
 class RoutedLinear(nn.Module):
     """Wraps one linear layer. The base layer's weight is never read, so that ZeRO 3, quantised and
     tensor-parallel layers work underneath; the experts live in the context, outside the module tree.
