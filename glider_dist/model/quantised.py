@@ -51,6 +51,24 @@ def use_plain_kernels(model: nn.Module) -> None:
                 )
 
 
+def make_plain(model: Any, dtype: torch.dtype) -> None:
+    """Give a base that is quantised on disk plain linear layers, of the values that its weights stand for.
+
+    Raises:
+        GliderError: transformers cannot unpack what it is quantised by.
+    """
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is None:
+        return
+    try:
+        model.dequantize(dtype)
+    except NotImplementedError:
+        method = getattr(quantiser.quantization_config.quant_method, "value", "an unknown method")
+        raise GliderError(
+            f"the base is quantised by {method}, which cannot be undone; pass base= the model it was made from"
+        ) from None
+
+
 def quantised_bytes(model: nn.Module, bits: int) -> int:
     """Bytes of a base once it is quantised, from its plain layers: all linear ones but the output head."""
     whole: Any = model
