@@ -70,6 +70,16 @@ def test_gradients_pass_after_a_forward_without_any(wide: Path, bits: int) -> No
     assert hidden.grad.abs().min() > 0
 
 
+def test_four_bits_on_disk_are_as_guarded_on_a_cpu_as_those_asked_for(
+    tmp_path: Path, wide: Path, base: Path
+) -> None:
+    small = load_base(str(quantised_on_disk(tmp_path / "wide", wide, 4)), "float32", "cpu").model
+    layer = small.model.layers[0].mlp.up_proj
+    assert vars(layer)["support_avx512bf16_for_cpu"] is False
+    with pytest.raises(GliderError, match=r"multiples of 64, but .*q_proj reads 48; use base_bits=8, over a base"):
+        load_base(str(quantised_on_disk(tmp_path / "narrow", base, 4)), "float32", "cpu")
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_pool_trained_over_a_quantised_base_serves_over_both(folder: Path, wide: Path, bits: int) -> None:
     words: dict[str, Any] = {"base": wide, "train__max_steps": 30, "train__eval_every": 10}

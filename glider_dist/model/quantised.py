@@ -46,8 +46,8 @@ def use_plain_kernels(model: nn.Module) -> None:
             vars(module)["support_avx512bf16_for_cpu"] = False
             if (width := vars(module)["in_features"]) % _BLOCK:
                 raise GliderError(
-                    f"base_bits=4 on a CPU needs widths that are multiples of {_BLOCK}, but {name} reads {width}; "
-                    "use base_bits=8"
+                    f"4 bits on a CPU need widths that are multiples of {_BLOCK}, but {name} reads {width}; "
+                    "use base_bits=8, over a base that is not quantised on disk"
                 )
 
 
