@@ -37,6 +37,15 @@ class RoutedLinear(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        # Under the base's own names, so that save_pretrained writes what from_pretrained reads.
+        return self.base.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
         context: RoutingContext = self.__dict__["context"]
