@@ -8,6 +8,7 @@ import pytest
 import torch
 from routed_cases import make_case
 from routed_models import ALPHAS
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 import glider_dist as gd
 from glider_dist.model.tokens import padding_mask
@@ -105,6 +106,18 @@ def test_a_layer_called_outside_its_model_says_so():
     gd.set_router(model, gd.RouterConfig(kind="phatgoose"))
     with pytest.raises(gd.GliderError, match="call the model"):
         model.layer(case.x)
+
+
+def test_a_model_whose_layers_take_the_length_before_the_batch_is_refused_where_tokens_are_told_apart(tmp_path):
+    config = XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    model = XLNetLMHeadModel(config).eval()
+    gd.attach_pool(model, random_pool(tmp_path, model), gd.RouterConfig(kind="phatgoose"))
+    ids = torch.arange(14).view(2, 7) + 5
+    with torch.no_grad():
+        with pytest.raises(gd.GliderError, match=r"got input \[7, 2, 32\], but its stack has 2 rows of 7"):
+            model(ids)
+        gd.set_router(model, gd.RouterConfig(kind="merged"))
+        assert model(ids).logits.isfinite().all()
 
 
 def test_a_router_with_a_global_part_says_that_it_needs_scores():

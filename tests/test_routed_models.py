@@ -181,6 +181,31 @@ def test_detaching_gives_back_the_same_modules_bits_and_names(name, pool_of):
         gd.routing_stats(model)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen", "t5"])
+def test_an_attached_model_is_saved_and_loaded_as_its_base(name, pool_of, tmp_path):
+    model = MODELS[name]()
+    keys = list(model.state_dict())
+    gd.attach_pool(model, pool_of(name), gd.RouterConfig(kind="phatgoose"))
+    assert list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path)
+    plain = MODELS[name](seed=1)
+    found = type(plain).from_pretrained(tmp_path).state_dict()
+    values = gd.detach(model).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in values.items())
+    gd.attach_pool(plain, pool_of(name), gd.RouterConfig(kind="phatgoose"))
+    plain.load_state_dict(values)
+    assert all(torch.equal(values[key], value) for key, value in gd.detach(plain).state_dict().items())
+
+
+def test_an_attached_model_is_not_copied_until_it_is_detached(pool_of):
+    model = MODELS["llama"]()
+    gd.attach_pool(model, pool_of("llama"), gd.RouterConfig(kind="phatgoose"))
+    with pytest.raises(gd.GliderError, match=r"cannot be copied; call glider_dist.detach\(model\) first"):
+        copy.deepcopy(model)
+    gd.detach(model)
+    assert copy.deepcopy(model) is not model
+
+
 def test_permuting_the_experts_permutes_the_stats_and_nothing_else(way, tmp_path):
     model = tiny_causal()
     order = torch.tensor([3, 0, 4, 1, 2])

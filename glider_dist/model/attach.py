@@ -15,7 +15,7 @@ from glider_dist.errors import GliderError
 from glider_dist.lora.bank import SiteBank
 from glider_dist.model.context import RoutingContext
 from glider_dist.model.loading import load_banks, load_part
-from glider_dist.model.routed import RoutedLinear
+from glider_dist.model.routed import RoutedLinear, routed_layers
 from glider_dist.model.sites import device_of, fingerprint, linear_sites
 from glider_dist.model.stored import cached_arrow_prototypes, read_activations
 from glider_dist.parallel.cost import Costs
@@ -95,7 +95,7 @@ def attach_pool(
         context = install(model, pool.names, banks, gates)
         context.prototypes.stored = {
             "arrow": partial(cached_arrow_prototypes, pool, banks),
-            "activation": partial(read_activations, pool, banks),
+            "activation": partial(read_activations, pool, {site: banks[site] for site in routed_layers(model)}),
         }
     else:
         check_dispatch(dispatch, router)
@@ -105,10 +105,11 @@ def attach_pool(
         )
     context.pool = pool
     try:
-        if not any(isinstance(module, RoutedLinear) for module in model.modules()):
+        if not routed_layers(model):
             raise GliderError(
                 f"no layer that pool {pool.path} adapts is one of the {len(linear_sites(model))} linear layers of "
-                f"this {type(model).__name__} (those with in_features and out_features), so no expert could act"
+                f"this {type(model).__name__} that tokens pass (with in_features and out_features), so that "
+                "no expert could act"
             )
         set_router(model, router)
     except GliderError:
@@ -134,7 +135,7 @@ def install(
     dispatch: Dispatch | None = None,
     eligible: dict[str, torch.Tensor] | None = None,
 ) -> RoutingContext:
-    """Wrap the sites of ``banks`` and hang their context on the model.
+    """Wrap the sites of ``banks`` that tokens pass, and hang their context on the model.
 
     Args:
         dispatch: how to reach the experts of other ranks; None if ``banks`` hold all of ``names``.
@@ -142,7 +143,13 @@ def install(
     """
     context = RoutingContext(model, names, banks, gates, dispatch, eligible)
     sites = linear_sites(model)
-    for name in banks:
+    away = [name for name in banks if name not in sites]
+    if away:
+        log.warning(
+            "%d of the %d layers that the experts adapt lie outside the language model, such as %s: what they "
+            "compute belongs to no query, so that the base alone serves there", len(away), len(banks), away[0],
+        )  # fmt: skip
+    for name in (name for name in banks if name in sites):
         parent, _, leaf = name.rpartition(".")
         module = sites[name].module
         routed = RoutedLinear(module, name, context.stacks.stack_of(module), context)

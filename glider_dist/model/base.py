@@ -96,7 +96,7 @@ def load_base(
             model, tokenizer = _load_from_hub(source, how)
     model.requires_grad_(False).eval()
     tune(model, target)
-    if bits == 4 and target.type == "cpu":
+    if target.type == "cpu":
         use_plain_kernels(model)
     _set_padding(model, tokenizer, source)
     return BaseModel(model, tokenizer, chosen, target, source, reason)

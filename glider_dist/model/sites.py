@@ -46,16 +46,9 @@ def language_model(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, PreTrainedModel) else body
 
 
-def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str, Site]:
+def every_linear(model: nn.Module) -> dict[str, Site]:
     """Every linear layer in the model's order, without heads (the output head, as PEFT's "all-linear" leaves it
-    out, and those for classification) and poolers, whose output no token sees.
-
-    Args:
-        targets: keep the layers whose dotted name ends with one of these; empty or None keeps all.
-
-    Raises:
-        GliderError: if a target names no layer.
-    """
+    out, and those for classification) and poolers, whose output no token sees."""
     whole: Any = model
     head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     sites = {}
@@ -63,6 +56,22 @@ def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str
         shape = _shape(module)
         if shape is not None and module is not head and not _on_top(name):
             sites[name] = Site(name, module, shape)
+    return sites
+
+
+def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str, Site]:
+    """The linear layers that tokens pass: :func:`every_linear` but those that make embeddings of images or sound.
+
+    Args:
+        targets: keep the layers whose dotted name ends with one of these; empty or None keeps all.
+
+    Raises:
+        GliderError: if a target names no layer.
+    """
+    towers: set[nn.Module] = set()
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        towers = {*getattr(model, "base_model", model).modules()} - {*language_model(model).modules()}
+    sites = {name: site for name, site in every_linear(model).items() if site.module not in towers}
     if not targets:
         return sites
     for target in targets:
@@ -85,14 +94,20 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def peft_targets(chosen: dict[str, Site], model: nn.Module) -> list[str]:
-    """:func:`~glider_dist.pool.adapter.target_modules` with which PEFT finds exactly these layers of ``model``."""
+    """:func:`~glider_dist.pool.adapter.target_modules` with which PEFT finds exactly these layers of ``model``.
+
+    Raises:
+        GliderError: there are none.
+    """
+    if not chosen:
+        raise GliderError(f"no linear layer was found in this {type(model).__name__} that an expert could adapt")
     return target_modules(chosen, (name for name, _ in model.named_modules()), whole=True)
 
 
 def fingerprint(model: nn.Module, weights: str | None = None) -> Fingerprint:
     """The base's fingerprint: model type, every linear layer's shape, and the weights' hash if known."""
     config: Any = getattr(model, "config", None)
-    shapes = {name: site.shape for name, site in linear_sites(model).items()}
+    shapes = {name: site.shape for name, site in every_linear(model).items()}
     return Fingerprint(getattr(config, "model_type", None), shapes, weights)
 
 

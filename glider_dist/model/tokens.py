@@ -156,7 +156,9 @@ class Stacks:
             raise GliderError(
                 "a routed layer ran outside the model's forward; call the model, not one of its layers"
             )
-        if x.numel() // x.shape[-1] != tokens.batch * tokens.length:
+        rows = tokens.batch, tokens.length
+        # Rows and columns in another order (XLNet, Longformer) have as many entries, of other tokens.
+        if x.numel() // x.shape[-1] != tokens.batch * tokens.length or (x.ndim == 3 and x.shape[:2] != rows):
             if x.shape[0] == tokens.batch:  # a part of each row, such as its first token in BERT's pooler
                 return self._find(x.shape[0], x[0].numel() // x.shape[-1], None, x.device)
             raise GliderError(

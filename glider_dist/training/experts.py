@@ -16,7 +16,7 @@ import torch
 
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
-from glider_dist.model.sites import linear_sites, peft_targets
+from glider_dist.model.sites import every_linear, linear_sites, peft_targets
 from glider_dist.parallel.replicas import Replicas
 from glider_dist.pool.adapter import (
     WEIGHTS_FILE,
@@ -108,7 +108,7 @@ def train_gates(job: Job) -> None:
     if not todo:
         return
     pool.check_base(job.fingerprint)
-    known = {name: site.shape for name, site in linear_sites(job.base.model).items()}
+    known = {name: site.shape for name, site in every_linear(job.base.model).items()}
     ranks: dict[str, int] = {}
     sites_of = {}
     for task in todo:
