@@ -20,12 +20,15 @@ from small_jobs import command, environment, free_port, kill, program, settings,
 
 from glider_dist.config import Config
 from glider_dist.errors import EXIT_STOPPED, GliderError
+from glider_dist.evaluation.queries import Query, warn_of_descriptions
+from glider_dist.model.batch import Encoded
 from glider_dist.pool import ExpertPool
 from glider_dist.semantics.chat import ChatModel, NoAnswer, parse_descriptions, prompt_template
 from glider_dist.semantics.chat_descriptions import QueryDescriber, sampled_examples
 from glider_dist.semantics.global_router import query_settings
 from glider_dist.semantics.settings import DescribeConfig
 from glider_dist.tasks.jsonl import read_tasks
+from glider_dist.tasks.task import Example, Task
 from glider_dist.testing import random_pool, tiny_causal
 
 
@@ -398,3 +401,16 @@ def test_a_real_chat_server_describes_experts(job: list[str], tmp_path: Path, mo
     finally:
         kill(server)
         server.wait()
+
+
+def test_queries_that_are_their_experts_descriptions_are_told(caplog: pytest.LogCaptureFixture):
+    def query(instruction: str, owner: int | None) -> Query:
+        example = Example("1", "x", "y", ("y",), None)
+        task = Task("t", "Copy.", "held_in", "exact_match", "", (), (), False, lambda part: [example])
+        return Query(task, example, instruction, Encoded((1,), (2,)), owner)
+
+    descriptions = {"copy": ["Copy."], "upper": ["Shout.", "Use capitals."]}
+    warn_of_descriptions([query("Please copy.", 0), query("Copy.", 1), query("Shout.", None)], descriptions)
+    assert not caplog.records
+    warn_of_descriptions([query("Please copy.", 0), query("Use capitals.", 1)], descriptions)
+    assert "1 of 2 held-in queries are word for word a description of their own expert" in caplog.text

@@ -11,7 +11,7 @@ from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.evaluation.choices import check_choices
 from glider_dist.evaluation.partial import PartialRow
-from glider_dist.evaluation.queries import Query, make_queries, queries_digest
+from glider_dist.evaluation.queries import Query, make_queries, queries_digest, warn_of_descriptions
 from glider_dist.evaluation.report import (
     SPLITS,
     QueryResult,
@@ -28,6 +28,7 @@ from glider_dist.pool import ExpertPool
 from glider_dist.pool.calibration import stored_calibration
 from glider_dist.pool.files import digest_of, read_json, sha256, write_json
 from glider_dist.routing.strategies import check_router, check_shared, needs_scores, strategy_of
+from glider_dist.semantics.describe import descriptions_of
 from glider_dist.semantics.global_router import global_router, query_settings
 from glider_dist.semantics.index import FILE
 from glider_dist.tracking.progress import progress
@@ -107,6 +108,8 @@ def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str],
     needs_index = any(needs_scores(router) for router in routers)
     needs_gates = any(strategy_of(router).local == "gate" for router in routers)
     router = global_router(job, pool) if needs_index else None
+    if router is not None and job.ranks.is_main:
+        warn_of_descriptions(queries, descriptions_of(pool))
     first = dataclasses.replace(job.cfg.router, kind="phatgoose" if needs_gates else "base")
     model = job.attach(pool, first)
     try:

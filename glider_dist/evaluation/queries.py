@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from glider_dist.model.engine import FORWARD, GENERATE, STOP, FrozenBase
 from glider_dist.model.example import encode_example
 from glider_dist.parallel.stopping import StopWish
 from glider_dist.tasks.task import Example, Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,23 @@ def make_queries(
             owner = position.get(task.name) if task.split == "held_in" else None
             queries.append(Query(task, example, instruction, encoded, owner))
     return queries
+
+
+def warn_of_descriptions(queries: Sequence[Query], descriptions: Mapping[str, Sequence[str]]) -> None:
+    """Say so where queries are the very sentences that describe their experts: of tasks with a definition alone.
+
+    Args:
+        descriptions: ``{expert: sentences}`` in the pool's order.
+    """
+    of_expert = list(descriptions.values())
+    owned = [query for query in queries if query.owner is not None]
+    same = [query for query in owned if query.instruction in of_expert[query.owner or 0]]
+    if same:
+        log.warning(
+            "%d of %d held-in queries are word for word a description of their own expert (%r, say): global "
+            "scores then tell that a sentence is known, not what it means; give the tasks query_instructions",
+            len(same), len(owned), same[0].instruction[:60],
+        )  # fmt: skip
 
 
 def queries_digest(tasks: Sequence[Task], part: str, limit: int) -> str:
