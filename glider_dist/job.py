@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from glider_dist.model.base import BaseModel, choose_dtype, load_base, prepare_b
 from glider_dist.model.batch import Collator
 from glider_dist.model.engine import FrozenBase
 from glider_dist.model.sites import fingerprint
+from glider_dist.parallel.launch import ranks_on_node
 from glider_dist.parallel.mesh import Mesh, init_mesh
 from glider_dist.parallel.placement import Placement, place
 from glider_dist.parallel.ranks import Ranks
@@ -116,7 +118,7 @@ class Job:
     @cached_property
     def frozen(self) -> FrozenBase:
         _ = self.fingerprint
-        return FrozenBase(self.base, self.ranks, self.cfg.zero_stage, self.cfg.mesh.expert_parallel)
+        return FrozenBase(self.base, self.ranks, self.cfg.zero_stage)
 
     @cached_property
     def mesh(self) -> Mesh | None:
@@ -134,17 +136,17 @@ class Job:
         """As stored in the run directory if it was made as configured, else made so and stored there."""
         path, mesh = self.run_dir / "placement.json", self.cfg.mesh
 
-        def make() -> None:
-            before = Placement.load(path, pool.names) if path.exists() else None
-            if before is not None and before.is_made(ranks, mesh.placement, mesh.load):
-                return
+        def make() -> Placement:
+            before = Placement.load(path) if path.exists() else None
+            if before is not None and before.is_made(pool.names, ranks, mesh.placement, mesh.load):
+                return before.of(pool.names)
             made = place(pool.names, ranks, mesh.placement, mesh.load)
             made.save(path)
             was = f" (before: {before.origin})" if before is not None else ""
             log.info("placement of the experts: %s%s\n%s", made.origin, was, made)
+            return made
 
-        self.ranks.on_main(make)
-        return Placement.load(path, pool.names)
+        return self.ranks.made_on_main(make)
 
     @cached_property
     def collator(self) -> Collator:
@@ -172,6 +174,7 @@ class Job:
                 "dtype": str(dtype).removeprefix("torch."),
                 "dtype_reason": reason,
                 "ranks": self.ranks.world,
+                "ranks_per_node": ranks_on_node(os.environ, self.ranks.world),
             },
             # A copy of the checkpoints alone is enough to go on with the same run.
             lambda: wandb_id_of(self.run_dir / "checkpoints"),
@@ -202,8 +205,9 @@ class Job:
 
     def create_pool(self) -> ExpertPool:
         """Open the pool, or make it for this base; safe when all ranks do it at once."""
-        self.ranks.on_main(lambda: ExpertPool.create(self.pool_path, self.cfg.base, self.fingerprint))
-        return self.open_pool()
+        pool = self.ranks.made_on_main(lambda: ExpertPool.create(self.pool_path, self.cfg.base, self.fingerprint))
+        pool.check_base(self.fingerprint)
+        return pool
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

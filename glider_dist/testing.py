@@ -21,6 +21,8 @@ from transformers import (
     EncoderDecoderModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -43,6 +45,7 @@ __all__ = [
     "save_tiny_base",
     "tiny_causal",
     "tiny_encoder_decoder",
+    "tiny_opt",
     "tiny_qwen",
     "tiny_seq2seq",
     "tiny_tokenizer",
@@ -73,6 +76,14 @@ def tiny_causal(seed: int = 0, **config: Any) -> LlamaForCausalLM:
 def tiny_qwen(seed: int = 0, **config: Any) -> Qwen2ForCausalLM:
     """A Qwen2 of the same size, whose q, k and v have biases and whose head is tied to the embedding."""
     return _seeded(Qwen2ForCausalLM, Qwen2Config(**{**_DECODER, "tie_word_embeddings": True, **config}), seed)
+
+
+def tiny_opt(seed: int = 0) -> OPTForCausalLM:
+    """An OPT of width 48, whose head calls the decoder itself and whose positions follow from the mask."""
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    size: dict[str, Any] = {key: _DECODER[key] for key in (*keys, *_IDS)}
+    config = OPTConfig(ffn_dim=80, word_embed_proj_dim=48, init_std=_DECODER["initializer_range"], **size)
+    return _seeded(OPTForCausalLM, config, seed)
 
 
 def tiny_seq2seq(seed: int = 0, **config: Any) -> T5ForConditionalGeneration:

@@ -172,6 +172,24 @@ def stage(
     return ended
 
 
+def stage_agreeing(name: str, words: Sequence[str]) -> int:
+    """:func:`stage`; how often this rank agreed with the others on what to run next."""
+    calls = 0
+    largest = Ranks.largest
+
+    def counted(self: Ranks, value: int) -> int:
+        nonlocal calls
+        calls += 1
+        return largest(self, value)
+
+    Ranks.largest = counted  # type: ignore[method-assign]
+    try:
+        assert stage(name, words) == "done"
+    finally:
+        Ranks.largest = largest  # type: ignore[method-assign]
+    return calls
+
+
 def stage_seen_late(name: str, words: Sequence[str], expert: str) -> str:
     """:func:`stage` where a network file system does not show an expert to rank 1 yet."""
     sees = ExpertPool.__contains__

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rank_cases import mesh_of, relative_error
 from rank_models import EXPERTS, Run, attached, batch_of, forward, model_of, scope
+from routed_models import CAUSAL
 
 import glider_dist as gd
 from glider_dist.model.attach import context_of
@@ -23,7 +24,7 @@ def prompts_of(name: str, rank: int, rows: int) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     for row in range(1, rows):
         pad = row % 3
-        real = slice(0, pad) if name in ("llama", "qwen") else slice(length - pad, length)
+        real = slice(0, pad) if name in CAUSAL else slice(length - pad, length)
         mask[row, real] = 0
         ids[row, real] = 0
     return {"input_ids": ids, "attention_mask": mask}

@@ -195,7 +195,7 @@ def prepared(case: Case, path: str) -> Iterator[tuple[JointLoop, Trained, Any]]:
     if case.placement == "balanced" and case.parts > 1:
         placed = balanced(pool.names, case.parts, {name: 1.0 * i for i, name in enumerate(pool.names)})
     if case.engine == "deepspeed":
-        FrozenBase(base, ranks(), case.zero_stage, case.parts)
+        FrozenBase(base, ranks(), case.zero_stage)
     router = gd.RouterConfig(kind=case.router, alpha_in=3.0, alpha_out=1.0, threshold=0.6)
     attach_pool(base.model, pool, router, mesh, case.dispatch if case.parts > 1 else "auto", dtype, placed)
     try:

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 from rank_cases import mesh_of, relative_error, sum_over_replicas
-from routed_models import ALPHAS, MODELS
+from routed_models import ALPHAS, CAUSAL, MODELS
 
 import glider_dist as gd
 from glider_dist.model.attach import context_of
@@ -91,7 +91,7 @@ def batch_of(run: Run, rank: int) -> dict[str, torch.Tensor]:
         mask[row] = 0
         mask[row, real] = 1
     batch = {"input_ids": ids, "attention_mask": mask}
-    if run.model in ("t5", "bert"):
+    if run.model not in CAUSAL:
         batch["decoder_input_ids"] = torch.randint(4, 250, (rows, 4 + rank), generator=generator)
         if rank in run.empty:
             batch["decoder_attention_mask"] = torch.zeros_like(batch["decoder_input_ids"])
@@ -110,7 +110,7 @@ def scope(model: Any, run: Run, rank: int, rows: int) -> contextlib.AbstractCont
 def forward(model: Any, run: Run, rank: int, keep: list[torch.Tensor] | None = None) -> torch.Tensor:
     """The logits of real tokens; ``keep`` is given the embeddings, of which gradients may be asked."""
     batch = batch_of(run, rank)
-    real = batch["attention_mask"] if run.model in ("llama", "qwen") else batch.get("decoder_attention_mask")
+    real = batch["attention_mask"] if run.model in CAUSAL else batch.get("decoder_attention_mask")
     inputs = dict(batch)
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
     if keep is not None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_jobs import describe_and_index
+from torch import nn
 
 import glider_dist as gd
 from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
 from glider_dist.model.attach import context_of
+from glider_dist.model.sites import fingerprint, linear_sites
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.adapter import GATE_FILE, WEIGHTS_FILE
 from glider_dist.pool.calibration import CALIBRATION_FILE, made_for
@@ -30,6 +33,26 @@ def base() -> torch.nn.Module:
 @pytest.fixture
 def pool(tmp_path: Path, base: torch.nn.Module) -> ExpertPool:
     return random_pool(tmp_path / "pool", base, experts=["a", "b", "c"])
+
+
+class Packed(nn.Module):
+    """A linear layer that is no nn.Linear, as those of GPTQ, AWQ, HQQ and AQLM."""
+
+    def __init__(self, layer: nn.Linear, says_widths: bool):
+        super().__init__()
+        if says_widths:
+            self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("packed", layer.weight.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.packed.t()
+
+
+def pack(model: Any, says_widths: bool) -> Any:
+    for name in linear_sites(model):
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Packed(model.get_submodule(name), says_widths))
+    return model
 
 
 def spoil(path: Path, value: float) -> str:
@@ -48,6 +71,32 @@ def test_an_expert_that_is_not_finite_is_named_and_not_attached(
     with pytest.raises(GliderError, match=r"expert 'b' has values in lora_A at .* not finite; train it again"):
         gd.attach_pool(base, pool)
     base(torch.arange(4, 12)[None])
+
+
+def test_a_base_whose_linear_layers_are_of_another_class_is_routed_like_the_plain_one(
+    pool: ExpertPool, base: torch.nn.Module
+) -> None:
+    ids = torch.arange(4, 12)[None]
+    packed = pack(tiny_causal(), says_widths=True)
+    assert fingerprint(packed) == fingerprint(base)
+    for model in (base, packed):
+        gd.attach_pool(model, pool, RouterConfig(kind="phatgoose"))
+    with torch.no_grad():
+        assert torch.allclose(packed(ids).logits, base(ids).logits, rtol=0, atol=1e-4)
+    assert gd.routing_stats(packed).keys() == gd.routing_stats(base).keys()
+
+
+@pytest.mark.parametrize("kind", ["arrow", "merged"])
+def test_a_base_in_which_no_linear_layer_is_found_is_refused_and_left_as_it_was(
+    kind: str, pool: ExpertPool
+) -> None:
+    model = pack(tiny_causal(), says_widths=False)
+    modules = list(model.modules())
+    with pytest.raises(GliderError, match="one of the 0 linear layers of this LlamaForCausalLM"):
+        gd.attach_pool(model, pool, RouterConfig(kind=kind))
+    assert list(model.modules()) == modules
+    with pytest.raises(GliderError, match="has no pool"):
+        gd.detach(model)
 
 
 def test_a_gate_that_is_not_finite_is_named(pool: ExpertPool, base: torch.nn.Module) -> None:

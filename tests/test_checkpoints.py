@@ -16,9 +16,11 @@ import torch
 
 import glider_dist
 from glider_dist.errors import GliderError
+from glider_dist.parallel.replicas import Replicas
 from glider_dist.testing import LocalRanks
 from glider_dist.training.background import Background
 from glider_dist.training.checkpoint import Checkpoints, Damaged
+from glider_dist.training.unfinished import Interval, Unfinished
 
 Found = dict[str, dict[str, Any]]
 UNEVEN = {"one": 7, "two": 9, "three": 12, "four": 12, "five": 15, "six": 16}
@@ -266,3 +268,27 @@ def test_a_file_that_must_not_be_read_is_an_error_and_not_a_new_start(tmp_path, 
     monkeypatch.setattr("glider_dist.training.checkpoint.safe_open", refused)
     with pytest.raises(GliderError, match=r"cannot be read \(Permission denied\); make it readable"):
         work.keeper(tmp_path, list(worker.SIZES), work.ALONE).check()
+
+
+def test_what_another_number_of_ranks_saved_later_goes_before_these_ranks_own(tmp_path):
+    files = Checkpoints(tmp_path, keep_last=2)
+
+    def job(teams: int) -> Unfinished:
+        return Unfinished(files, {"X": {}, "Y": {}}, Interval(100, 10.0), Replicas(0, teams))
+
+    def save(step: int, turn: int, teams: int) -> None:
+        beside = {"X": [0, step], "Y": [1, step]}
+        for name in beside:
+            record = {"place": [0, teams], "turn": turn, "beside": beside}
+            files.write(name, step, {"weights": torch.zeros(2)}, record)
+
+    save(400, 400, teams=2)
+    save(500, 500, teams=2)
+    four = job(4)
+    assert four.choose(8) == {"X": (500, None), "Y": (500, None)}
+    assert four.turn == 500
+    save(600, four.turn + 100, teams=4)
+    two = job(2)
+    assert two.choose(8) == {"X": (600, None), "Y": (600, None)}
+    save(700, two.turn + 100, teams=2)
+    assert job(2).choose(8) == {"X": (700, 0), "Y": (700, 1)}

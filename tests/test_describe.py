@@ -58,7 +58,11 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
             state.times.append(time.monotonic())
             time.sleep(state.delay)
             reply = state.replies.pop(0) if len(state.replies) > 1 else state.replies[0]
-            if isinstance(reply, int):
+            if isinstance(reply, bytes):
+                content = reply
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html")
+            elif isinstance(reply, int):
                 content = b'{"error": {"message": "no"}}'
                 self.send_response(reply)
                 self.send_header("Retry-After", "0")
@@ -254,6 +258,46 @@ def test_a_refusal_for_another_reason_is_told(endpoint: Endpoint):
     with pytest.raises(GliderError, match="refuses \\(status 400\\)"):
         ChatModel(DescribeConfig(cache="off")).descriptions("$what", 1, {"what": "first"})
     assert len(endpoint.prompts) == 2
+
+
+def test_a_prompt_that_is_refused_costs_its_own_answer_alone(job: list[str], endpoint: Endpoint, tmp_path: Path):
+    endpoint.replies = [400, 400, good("It shouts.")]
+    done = command(*job)
+    assert done.code == 0, done.err
+    assert (
+        "1 experts keep the texts of their tasks, such as copy: the chat endpoint refuses (status 400)" in done.err
+    )
+    assert cards(tmp_path)["copy"]["description_source"] == "task descriptions"
+    assert cards(tmp_path)["upper"]["descriptions"] == ["It shouts."]
+    # It was not the schema.
+    assert ["response_format" in body for body in endpoint.bodies] == [True, False, True]
+
+
+def test_a_web_page_in_the_place_of_an_answer_is_one_sentence(job: list[str], endpoint: Endpoint):
+    endpoint.replies = [b"<html>hello</html>"]
+    outcome = command(*job)
+    assert outcome.code == 2
+    assert "OPENAI_BASE_URL gives no chat completion, but '<html>hello</html>'" in outcome.errors[0]
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_a_question_mark():
+    assert parse_descriptions('{"descriptions": ["So \\ud83d it goes."]}', 1) == ["So ? it goes."]
+
+
+def test_a_name_makes_way_for_a_description_and_one_written_by_hand_stays(
+    job: list[str], endpoint: Endpoint, tmp_path: Path
+):
+    pool = ExpertPool.open(tmp_path / "pool")
+    pool.expert("copy").update_card(descriptions=["By hand."])
+    pool.expert("upper").update_card(descriptions=["upper"], description_source="name")
+    endpoint.replies = [good("By a model.")]
+    assert command(*job).code == 0
+    assert {name: card["descriptions"] for name, card in cards(tmp_path).items()} == {
+        "copy": ["By hand."], "upper": ["By a model."], "stranger_thing": ["stranger thing"],
+    }  # fmt: skip
+    (tmp_path / "file.txt").write_text("stranger_thing: It is strange.\n")
+    assert command(*job, f"describe_file={tmp_path / 'file.txt'}").code == 0
+    assert cards(tmp_path)["stranger_thing"]["descriptions"] == ["It is strange."]
 
 
 def test_requests_keep_to_the_rate(endpoint: Endpoint):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rank_generation import generate_all, shortlisted
 from rank_models import (
+    CAUSAL,
     MODELS,
     Found,
     Run,
@@ -32,6 +33,7 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     ends = {
         "llama": (["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]),
         "qwen": (["q_proj", "k_proj", "v_proj", "o_proj"], ["down_proj"]),
+        "opt": (["q_proj", "k_proj"], ["fc1", "fc2"]),
         "t5": (["q", "v"], ["wi_0", "wo"]),
         "bert": (["query", "value"], ["dense"]),
     }
@@ -55,7 +57,7 @@ def check(runs: list[Run], results: list[list[Found]], limit: float = 1e-9) -> N
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_over_two_ranks_equals_one_with_all_experts(local_ranks: Ranks, pools, name):
-    left = "left" if name in ("llama", "qwen") else "right"
+    left = "left" if name in CAUSAL else "right"
     runs = [
         Run(name, "glider", "all_to_all"),
         Run(name, "topp", "gather", padding=left, placement="balanced"),
@@ -123,6 +125,7 @@ def test_ranks_that_each_hold_all_experts_exchange_nothing(local_ranks: Ranks, p
 GROUPS = {
     "llama": 2 * 4,  # q k v | o | gate up | down
     "qwen": 2 * 4,
+    "opt": 2 * 4,  # q k v | o | fc1 | fc2
     "t5": 2 * 4 + 2 * 7,  # and of the decoder besides: q | k v | o
     "bert": 2 * 4 + 2 * 7,
 }
@@ -136,14 +139,14 @@ def test_sites_that_read_the_same_input_share_one_exchange(local_ranks: Ranks, p
             exchanges = [traffic.collectives["counts"] for traffic in found.traffic]
             assert exchanges == [found.sites, GROUPS[name], GROUPS[name]]
             assert len(found.groups) == GROUPS[name]
-            assert {len(group) for group in found.groups.values()} == {1, 2, 3}
+            assert {1, 3} <= {len(group) for group in found.groups.values()} <= {1, 2, 3}
             assert all(traffic.host_syncs == traffic.collectives["counts"] for traffic in found.traffic)
 
 
 @pytest.mark.parametrize(("world", "parts"), [(2, 2), (3, 3), (4, 2)])
 @pytest.mark.parametrize("name", MODELS)
 def test_ranks_generate_different_numbers_of_prompts_and_tokens(local_ranks: Ranks, pools, name, world, parts):
-    if (name in ("qwen", "bert")) and world != 2:
+    if (name in ("qwen", "opt", "bert")) and world != 2:
         pytest.skip("two models are enough for the larger worlds")
     counts = [2, 0, 1, 3][:world]
     for dispatch, settings in (("all_to_all", {}), ("gather", {"num_beams": 2, "num_return_sequences": 2})):

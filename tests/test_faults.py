@@ -97,6 +97,15 @@ def test_what_is_missing_is_decided_by_rank_0_where_another_node_sees_an_expert_
 
 
 @pytest.mark.jobs
+def test_ranks_that_will_share_the_experts_later_train_them_without_waiting_for_each_other(
+    folder: Path, base: Path, local_ranks: Callable[[int], LocalRanks]
+) -> None:
+    words = [*settings(folder, base=base), "mesh.expert_parallel=2"]
+    for name in ("train-experts", "train-gates"):
+        assert local_ranks(2).run(work.stage_agreeing, name, words) == [0, 0]
+
+
+@pytest.mark.jobs
 def test_kill_9_again_and_again_while_files_are_written_leaves_a_pool_that_can_be_read(folder, base, whole):
     words = [sys.executable, "-m", "glider_dist", "train-experts", *settings(folder, base=base, **LONG)]
     experts = folder / "run" / "checkpoints" / "expert"

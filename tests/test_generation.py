@@ -156,6 +156,20 @@ def test_a_cache_changes_nothing(name, router, loaded):
             assert torch.allclose(ours[row], theirs[row], rtol=0, atol=limit)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_under_a_static_cache_padding_is_neither_served_nor_counted(name, loaded):
+    attached = loaded(name)
+    gd.set_router(attached.model, ROUTERS["glider"])
+    found = []
+    for cache in ({}, {"cache_implementation": "static"}):
+        gd.reset_routing_stats(attached.model)
+        sequences = generate(attached, range(len(PROMPTS)), min_new_tokens=8, **cache).sequences
+        found.append((sequences, gd.routing_stats(attached.model)))
+    (sequences, counts), (others, other_counts) = found
+    assert torch.equal(others, sequences)
+    assert all(torch.equal(other_counts[site], value) for site, value in counts.items())
+
+
 @pytest.mark.parametrize("router", ["glider", "oracle"])
 @pytest.mark.parametrize("name", MODELS)
 def test_beams_of_a_mixed_batch_equal_each_query_alone(name, router, loaded):

@@ -112,3 +112,16 @@ def test_a_load_that_was_never_there_is_told(placed: Placed, tmp_path: Path) -> 
     placed()
     with pytest.raises(GliderError, match=r"mesh\.load=.*gone\.json holds no routing statistics"):
         placed("mesh.placement=balanced", f"mesh.load={tmp_path / 'gone.json'}")
+
+
+def test_a_pool_that_has_grown_is_placed_anew_and_said_so(
+    placed: Placed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert placed() == HALVES
+    smaller = {**record(tmp_path), "experts": {"0": ["expert_0", "expert_1"], "1": ["expert_2"]}}
+    (tmp_path / "placement.json").write_text(json.dumps(smaller))
+    caplog.set_level(logging.INFO, "glider_dist")
+    caplog.clear()
+    assert placed() == HALVES
+    assert "(before: contiguous, over 2 ranks)" in caplog.text
+    assert record(tmp_path)["experts"] == {"0": ["expert_0", "expert_1"], "1": ["expert_2", "expert_3"]}

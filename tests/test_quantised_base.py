@@ -11,13 +11,19 @@ import pytest
 import rank_checkpoints as work
 import torch
 from small_jobs import adapters, command, cores, describe_and_index, largest_difference, settings, write_tasks
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
+import glider_dist as gd
 from glider_dist.errors import GliderError
 from glider_dist.model.base import load_base
-from glider_dist.model.quantised import quantised_bytes, weight_count
+from glider_dist.model.merge import export_model
+from glider_dist.model.quantised import quantisation, quantised_bytes, weight_count
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json
-from glider_dist.testing import LocalRanks, save_tiny_base, tiny_causal
+from glider_dist.testing import LocalRanks, random_pool, save_tiny_base, tiny_causal
 
 pytest.importorskip("bitsandbytes")
 
@@ -64,6 +70,16 @@ def test_gradients_pass_after_a_forward_without_any(wide: Path, bits: int) -> No
     assert hidden.grad.abs().min() > 0
 
 
+def test_four_bits_on_disk_are_as_guarded_on_a_cpu_as_those_asked_for(
+    tmp_path: Path, wide: Path, base: Path
+) -> None:
+    small = load_base(str(quantised_on_disk(tmp_path / "wide", wide, 4)), "float32", "cpu").model
+    layer = small.model.layers[0].mlp.up_proj
+    assert vars(layer)["support_avx512bf16_for_cpu"] is False
+    with pytest.raises(GliderError, match=r"multiples of 64, but .*q_proj reads 48; use base_bits=8, over a base"):
+        load_base(str(quantised_on_disk(tmp_path / "narrow", base, 4)), "float32", "cpu")
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_pool_trained_over_a_quantised_base_serves_over_both(folder: Path, wide: Path, bits: int) -> None:
     words: dict[str, Any] = {"base": wide, "train__max_steps": 30, "train__eval_every": 10}
@@ -87,6 +103,48 @@ def test_a_pool_trained_over_a_quantised_base_serves_over_both(folder: Path, wid
         keys.append(read_json(folder / "run" / "rows" / "phatgoose.json")["key"])
     # The second did not take the first one's answers for its own, although both have one run directory.
     assert keys[0] != keys[1]
+
+
+def quantised_on_disk(folder: Path, base: Path, bits: int) -> Path:
+    """As others publish them; loaded without ``base_bits``."""
+    plain = load_base(str(base), "float32", "cpu")
+    settings = quantisation(bits, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, device_map="cpu")
+    model.save_pretrained(folder)
+    plain.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(8, 0.05), (4, 1e-4)])
+def test_experts_are_merged_into_the_values_of_a_base_that_is_quantised_on_disk(
+    tmp_path: Path, wide: Path, bits: int, limit: float
+) -> None:
+    packed = quantised_on_disk(tmp_path / "packed", wide, bits)
+    pool = random_pool(tmp_path / "pool", tiny_causal(hidden_size=64, intermediate_size=128), base=str(packed))
+    merged = AutoModelForCausalLM.from_pretrained(export_model(pool, tmp_path / "merged", (), "float32"))
+    assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
+    small = load_base(str(packed), "float32", "cpu").model
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = small(ids).logits
+        gd.attach_pool(small, pool, gd.RouterConfig(kind="merged"))
+        expected, found = small(ids).logits, merged(ids).logits
+    # In 8 bits the inputs of a layer are rounded as well.
+    assert float((found - expected).norm() / expected.norm()) < limit
+    assert float((before - expected).norm() / expected.norm()) > 0.3
+
+
+def test_a_base_whose_quantisation_cannot_be_undone_is_not_merged_into(
+    tmp_path: Path, wide: Path, monkeypatch
+) -> None:
+    packed = quantised_on_disk(tmp_path / "packed", wide, 8)
+    pool = random_pool(tmp_path / "pool", tiny_causal(hidden_size=64, intermediate_size=128), base=str(packed))
+    monkeypatch.setattr(Bnb8BitHfQuantizer, "_dequantize", HfQuantizer._dequantize)
+    with pytest.raises(
+        GliderError, match="quantised by bitsandbytes, which cannot be undone; pass base= the model"
+    ):
+        export_model(pool, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.jobs

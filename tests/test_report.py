@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from glider_dist.errors import GliderError
-from glider_dist.evaluation.report import QueryResult, RouterResult, summary_table, task_table, write_reports
+from glider_dist.evaluation.report import (
+    QueryResult,
+    RouterResult,
+    mean_score,
+    summary_table,
+    task_table,
+    write_reports,
+)
 
 
 def _query(task: str, number: int, split: str, score: float, **changes: object) -> QueryResult:
@@ -58,6 +65,12 @@ def test_the_summary_averages_over_tasks_and_divides_time_by_queries() -> None:
     assert row[2].startswith("[")
     assert row[4] == "0.500"
     assert row[-2:] == ["1.000", "2.000"]
+
+
+def test_what_is_tracked_is_the_score_of_the_table_whatever_the_numbers_of_queries() -> None:
+    assert mean_score(PHATGOOSE, "held_in") == pytest.approx((0.25 + 0.5) / 2)
+    assert f"{mean_score(PHATGOOSE, 'held_in'):.3f}" in summary_table([PHATGOOSE], samples=10, seed=0)
+    assert mean_score(RouterResult("base", (), 1.0, {}), "held_out") is None
 
 
 def test_own_expert_first_is_a_share_of_held_in_queries() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from routed_cases import make_case
 from routed_models import ALPHAS
+from transformers import XLNetConfig, XLNetLMHeadModel
 
 import glider_dist as gd
+from glider_dist.model.tokens import padding_mask
 from glider_dist.testing import (
     random_pool,
     tiny_causal,
@@ -75,12 +77,47 @@ def test_experts_may_have_another_dtype_than_the_base(kind, base, experts, way, 
     assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16], ids=str)
+def test_padding_is_read_from_a_mask_of_queries_and_keys_as_well(dtype, kind, left):
+    rows = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+    rows = (rows if left else rows.flip(1)).bool()
+    allowed = rows[:, None, None, :].expand(-1, 1, 5, -1)
+    allowed = allowed & torch.ones(5, 5).tril().bool() if kind == "causal" else allowed
+    mask = allowed if dtype == torch.bool else torch.zeros(allowed.shape, dtype=dtype)
+    mask = mask if dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(dtype).min)
+    for given in (mask, {"sliding_attention": None, "full_attention": mask}):
+        assert torch.equal(padding_mask(given), rows)
+    if kind == "causal" and left:
+        # Room for what will be generated.
+        roomy = torch.nn.functional.pad(mask, (0, 4), value=0 if dtype == torch.bool else -torch.inf)
+        assert torch.equal(padding_mask(roomy), rows)
+
+
+@pytest.mark.parametrize("mask", [None, {}, {"full_attention": None}, "a block mask"])
+def test_what_is_no_mask_of_padding_is_none(mask):
+    assert padding_mask(mask) is None
+
+
 def test_a_layer_called_outside_its_model_says_so():
     case = make_case()
     model, _ = case.attached(torch.float64)
     gd.set_router(model, gd.RouterConfig(kind="phatgoose"))
     with pytest.raises(gd.GliderError, match="call the model"):
         model.layer(case.x)
+
+
+def test_a_model_whose_layers_take_the_length_before_the_batch_is_refused_where_tokens_are_told_apart(tmp_path):
+    config = XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    model = XLNetLMHeadModel(config).eval()
+    gd.attach_pool(model, random_pool(tmp_path, model), gd.RouterConfig(kind="phatgoose"))
+    ids = torch.arange(14).view(2, 7) + 5
+    with torch.no_grad():
+        with pytest.raises(gd.GliderError, match=r"got input \[7, 2, 32\], but its stack has 2 rows of 7"):
+            model(ids)
+        gd.set_router(model, gd.RouterConfig(kind="merged"))
+        assert model(ids).logits.isfinite().all()
 
 
 def test_a_router_with_a_global_part_says_that_it_needs_scores():

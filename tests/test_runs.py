@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +78,30 @@ def test_show_gives_the_command_that_goes_on(folder, monkeypatch):
          "cd '/some where' && deepspeed --num_gpus 2 --module glider_dist evaluate"),
         (["x", "evaluate"], "torchrun", 2,
          "cd '/some where' && torchrun --nproc_per_node 2 -m glider_dist evaluate"),
+        (["x", "--local_rank=0", "evaluate"], "deepspeed", (256, 8),
+         "cd '/some where' && deepspeed --hostfile HOSTS --num_gpus 8 --module glider_dist evaluate"),
+        (["x", "evaluate"], "torchrun", (16, 8),
+         "cd '/some where' && torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:PORT"
+         " --nproc_per_node 8 -m glider_dist evaluate"),
+        (["x", "evaluate"], "srun", (16, 8),
+         "cd '/some where' && srun --ntasks=16 --ntasks-per-node=8 python -m glider_dist evaluate"),
         (["x", "evaluate"], "srun", 8, "cd '/some where' && srun --ntasks=8 python -m glider_dist evaluate"),
         (["x", "--local_rank=0", "quickstart", "q.yaml"], "deepspeed", 2,
          "cd '/some where' && glider-dist quickstart q.yaml --ranks 2"),
     ],
 )  # fmt: skip
 def test_the_command_is_the_one_of_its_launcher(command, launcher, ranks, wanted, tmp_path):
-    versions = {"command": command, "launcher": launcher, "compute": {"ranks": ranks}, "folder": "/some where"}
+    compute = {"ranks": ranks} if isinstance(ranks, int) else {"ranks": ranks[0], "ranks_per_node": ranks[1]}
+    versions = {"command": command, "launcher": launcher, "compute": compute, "folder": "/some where"}
     (tmp_path / "versions.json").write_text(json.dumps(versions))
     assert read_run(tmp_path).command == wanted
+
+
+def test_the_score_is_the_best_routers_and_not_the_oracles(tmp_path):
+    (tmp_path / "versions.json").write_text("{}")
+    scores = {"evaluate/oracle/held_out": 0.9, "evaluate/glider/held_out": 0.4, "evaluate/base/held_out": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(scores) + "\n")
+    assert read_run(tmp_path).score == "glider/held_out 0.400"
 
 
 @pytest.mark.jobs
@@ -117,3 +134,21 @@ def test_a_mistake_is_one_sentence(words, said, tmp_path, monkeypatch):
     assert outcome.code == 2
     assert said in outcome.errors[0]
     assert find_runs(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "age", "state", "reason"),
+    [
+        ("process 4711 on gpu17", 10, "running", ""),
+        ("process 4711 on gpu17", 3600, "killed", "nothing is heard of process 4711 on gpu17"),
+        (f"process 4711 on {socket.gethostname()}", 10, "killed", "its process is gone"),
+    ],
+)
+def test_a_run_of_another_node_that_was_heard_of_lately_is_running_though_its_lock_is_free_here(
+    owner, age, state, reason, tmp_path
+):
+    (tmp_path / "versions.json").write_text("{}")
+    (tmp_path / ".running").write_text(owner)
+    (tmp_path / "state.json").write_text(json.dumps({"state": "running", "updated": time.time() - age}))
+    found = read_run(tmp_path)
+    assert (found.state, found.reason) == (state, reason)

@@ -21,6 +21,7 @@ import torch
 from service_process import MODEL, Service, serving, start_service
 from small_jobs import command, free_port
 
+from glider_dist.parallel.launch import open_many_files
 from glider_dist.semantics.client import RemoteEmbedder
 from glider_dist.semantics.embedder import Embedder
 from glider_dist.semantics.settings import ServiceConfig
@@ -275,6 +276,28 @@ def test_slow_and_half_open_connections_are_closed_and_stop_nobody(service: Serv
         for each in held:
             each.close()
     assert post(service).status_code == 200
+
+
+@pytest.mark.parametrize("head", [b"a: b\r\n" * 100_000, b"a: " + b"b" * 600_000], ids=["many", "long"])
+def test_a_head_without_end_is_cut_off(head: bytes, service: Service):
+    host, port = service.url[len("http://") :].split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.settimeout(5)  # well before a slow head is given up
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            connection.sendall(b"GET /readyz HTTP/1.1\r\nHost: x\r\n" + head)
+            assert connection.recv(1000) == b""
+    assert post(service).status_code == 200
+
+
+def test_the_clients_of_more_than_a_thousand_ranks_may_stay_connected(service: Service):
+    if open_many_files() < 2000:
+        pytest.skip("this process may not open enough files")
+    host, port = service.url[len("http://") :].split(":")
+    with contextlib.ExitStack() as held:
+        for _ in range(1100):
+            connection = held.enter_context(socket.create_connection((host, int(port))))
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert post(service).status_code == 200
 
 
 def test_the_cache_outlives_the_service_and_a_damaged_one_is_replaced(tmp_path: Path):

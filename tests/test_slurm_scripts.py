@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_jobs import command, settings, write_tasks
 
 from glider_dist.errors import GliderError
-from glider_dist.parallel.launch import adopt_slurm, first_host, port_of, tasks_per_node
+from glider_dist.parallel.launch import adopt_slurm, first_host, port_of, tasks_per_node, visible_gpu
 from glider_dist.planning.slurm_script import Site
 from glider_dist.testing import random_pool, save_tiny_base, tiny_causal
 
@@ -110,6 +110,9 @@ def test_the_chain_waits_member_for_member_and_then_for_all(job: Path) -> None:
     assert "#SBATCH --nodes=2\n" in scripts["evaluate.sbatch"]
     assert "#SBATCH --nodes=1\n" in scripts["describe.sbatch"]
     assert "GLIDER_SERVICE=yes\n" in scripts["evaluate.sbatch"]
+    assert "GLIDER_GROUP=run\n" in scripts["train-gates.sbatch"]
+    forced = slurm(job, "submit", "nodes=2", "service.fallback=false")
+    assert "GLIDER_SERVICE=must\n" in forced["evaluate.sbatch"]
     assert "GLIDER_SERVICE=no\n" in scripts["train-gates.sbatch"]
     assert not (job / "run").exists()
     assert "--array" not in slurm(job, "submit", "shards=1")["train-experts.sbatch"]
@@ -327,3 +330,14 @@ def test_fetch_finds_what_a_configuration_names_and_says_what_is_missing(job: Pa
     assert not (job / "run").exists()
     shutil.rmtree(job / "base")
     assert command("fetch", *settings(job, base=job / "base")).code == 2
+
+
+def test_a_rank_takes_the_gpu_of_its_place_or_the_only_one_that_slurm_shows_it():
+    env = {"RANK": "7", "LOCAL_RANK": "3", "SLURM_GPUS_ON_NODE": "4"}
+    assert visible_gpu(env, 3, 4, visible=4) == 3
+    assert env["LOCAL_RANK"] == "3"
+    assert visible_gpu(env, 3, 4, visible=1) == 0
+    assert env["LOCAL_RANK"] == "0"
+    for on_node in ("1", ""):
+        with pytest.raises(GliderError, match=r"rank 7 needs GPU 3 of its node, but sees 1; .*--gpu-bind"):
+            visible_gpu({"RANK": "7", "SLURM_GPUS_ON_NODE": on_node}, 3, 4, visible=1)

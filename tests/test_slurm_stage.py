@@ -139,6 +139,14 @@ def test_a_rank_that_cannot_tell_of_its_crash_while_python_loads_has_its_node_le
     assert (end.queued, end.excluded) == (True, ["n1"])
 
 
+def test_a_fetch_that_crashes_ends_whatever_its_node_is_for(tmp_path: Path) -> None:
+    command, env = prepared(tmp_path, 1, "0:1", CHECK="false", SLURM_NTASKS=1)
+    command[command.index("evaluate")] = "fetch"
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, (tmp_path / "calls/queued").exists()) == (1, False)
+    assert not (tmp_path / "run/slurm/77/excluded").exists()
+
+
 def test_nodes_that_a_job_was_submitted_without_stay_left_out(tmp_path: Path) -> None:
     assert ended(tmp_path, 137, CHECK="false", WITHOUT="n7,n8").excluded == ["n7", "n8", "n1"]
     assert (tmp_path / "calls/updates").read_text() == "update JobId=77 ExcNodeList=n7,n8,n1\n"
@@ -214,6 +222,22 @@ def test_a_job_whose_time_is_over_while_its_service_starts_is_queued_again_at_on
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
     assert "did not start" not in done.stdout
     assert (done.returncode, (tmp_path / "calls/queued").exists()) == (85, True)
+
+
+@pytest.mark.parametrize(("service", "code"), [("yes", 0), ("must", 1)])
+def test_ranks_embed_for_themselves_where_the_service_cannot_start_unless_it_must(
+    service: str, code: int, tmp_path: Path
+) -> None:
+    command, env = prepared(tmp_path, 0, "0:0 1:0", GLIDER_SERVICE=service)
+    stub = tmp_path / "stubs/srun"
+    missing = 'case "$*" in *serve-embeddings*) echo "uvicorn is missing"; exit 2 ;; esac'
+    stub.write_text(f"#!/bin/bash\n{missing}\n{_STUBS['srun']}")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+    assert "uvicorn is missing" in done.stdout
+    assert "the embedding service did not start" in done.stdout
+    assert done.returncode == code
+    assert ("each rank embeds for itself" in done.stdout) == (service == "yes")
+    assert len(list((tmp_path / "run/slurm/77/attempt-0").glob("exit-*"))) == (2 if code == 0 else 0)
 
 
 def test_ranks_that_end_while_they_are_told_to_stop_have_ended_as_they_say(tmp_path: Path) -> None:

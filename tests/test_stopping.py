@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -9,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -39,6 +42,7 @@ from glider_dist.parallel.stopping import STOP_FILE, StopWish
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.files import read_json
 from glider_dist.semantics.embedder import Embedder
+from glider_dist.semantics.global_router import Ahead
 from glider_dist.semantics.index import FILE, load_index
 from glider_dist.testing import LocalRanks, random_pool, tiny_causal
 
@@ -137,13 +141,28 @@ def test_checkpoints_alone_are_enough_to_go_on_with_the_same_wandb_run(folder: P
     assert list((folder / "moved" / "wandb").glob(f"offline-run-*/run-{after.strip()}.wandb"))
 
 
-def test_an_evaluation_that_may_take_one_batch_a_start_gives_the_same_rows(folder, base):
+def add_choices(folder: Path, task: str) -> None:
+    """Give a task's test examples two choices each, the right one and a word more."""
+    path = folder / "tasks" / task / "test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["choices"] = [row["target"], f"{row['target']} moon"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(("by_choice", "least", "most"), [(False, 4, 6), (True, 8, 10)])
+def test_an_evaluation_that_may_take_one_batch_a_start_gives_the_same_rows(by_choice, least, most, folder, base):
     pool = random_pool(folder / "pool", tiny_causal(), experts=HELD_IN)
     describe_and_index(pool)
     words: dict[str, Any] = {"base": base, "evaluate__routers": "[base,phatgoose]", "evaluate__batch_size": 6}
-    # 16 queries: three batches, and the last of a row does not count as broken off.
+    if by_choice:
+        words["evaluate__rank_classification"] = True
+        for task in HELD_IN[:2]:
+            add_choices(folder / "tasks", task)
+    # 16 queries: three batches, and three more for two choices of 8 of them; the last of a row does not count as
+    # broken off.
     starts = starts_until_done("evaluate", settings(folder, max_minutes=1e-9, **words))
-    assert 4 <= starts <= 6
+    assert least <= starts <= most
     with cores(1):
         assert command("evaluate", *settings(folder, **{**words, "run_dir": folder / "run2"})).code == 0
 
@@ -301,3 +320,19 @@ def test_a_signal_to_the_quickstart_stops_its_ranks(folder: Path, base: Path) ->
     outcome = finish(process)
     assert outcome.code == EXIT_STOPPED, outcome.err
     assert not list((folder / "run").glob(".stop*"))
+
+
+def test_similarities_that_nobody_waits_for_any_more_are_not_asked_for():
+    asked = []
+
+    def similarity(queries: list[str]) -> torch.Tensor:
+        asked.append(queries)
+        time.sleep(0.05)
+        return torch.zeros(len(queries), 2)
+
+    router: Any = SimpleNamespace(similarity=similarity, index=SimpleNamespace(names=("a", "b")))
+    queries = [str(number) for number in range(100)]
+    with contextlib.suppress(RuntimeError), Ahead(router, queries, [[number] for number in range(100)]) as ahead:
+        assert ahead[[0]].shape == (1, 2)
+        raise RuntimeError("out of memory")
+    assert len(asked) <= 3

@@ -121,6 +121,19 @@ def test_rows_without_a_label_or_an_input_are_left_out_with_a_warning(tmp_path, 
     assert "3 of 8 rows of test lack an input or a target" in caplog.text
 
 
+def test_rows_whose_template_gives_no_text_or_no_answer_are_left_out(tmp_path, caplog):
+    def made(count):
+        return [{"text": f"t{n}", "answers": [f"a{n}"]} for n in range(count)]
+
+    rows = made(8)
+    rows[1]["text"], rows[4]["answers"], rows[6]["answers"] = "  ", [], [""]
+    files = _data(tmp_path, train=made(20), test=rows)
+    record = {"input": "{text}", "target": "{answers[0]}", "choices": None}
+    examples = _task(tmp_path, data_files=files, **record).examples("test")
+    assert [example.id for example in examples] == [f"toy-test-{row}" for row in (0, 2, 3, 5, 7)]
+    assert "3 of 8 rows of test lack an input or a target" in caplog.text
+
+
 def test_the_limit_counts_complete_rows(tmp_path):
     rows = _rows(40)
     for row in rows[::2]:

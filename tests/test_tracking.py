@@ -338,3 +338,52 @@ def test_a_run_directory_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(GliderError, match="no permission to write"):
         check_run_dir(tmp_path / "run")
+
+
+_WANDB = """
+import json, os
+class Settings:
+    def __init__(self, **settings): pass
+def setup(settings): pass
+def init(**arguments):
+    note(**{key: arguments[key] for key in ("project", "name", "job_type")})
+    return Run()
+def note(**what):
+    with open(os.environ["NOTES"], "a") as file: file.write(json.dumps(what) + "\\n")
+class Run:
+    summary = {}
+    def define_metric(self, *a, **k): pass
+    def mark_preempting(self): note(preempting=True)
+    def finish(self, exit_code): note(exit_code=exit_code, **self.summary)
+"""
+_ENDS = """
+import sys
+from pathlib import Path
+from glider_dist.tracking.run import Run
+Run.start(Path(sys.argv[1]), {}, "evaluate", "offline", is_main=True).finish(*sys.argv[2:])
+"""
+
+
+def _told_to_wandb(folder: Path, *ending: str, **environment: str) -> list[dict[str, object]]:
+    (folder / "wandb.py").write_text(_WANDB)
+    notes = folder / "notes"
+    notes.write_text("")
+    environment |= {"PYTHONPATH": str(folder), "NOTES": str(notes)}
+    assert _python(_ENDS, str(folder / "exp7"), *ending, **environment).stderr == ""
+    return [json.loads(line) for line in notes.read_text().splitlines()]
+
+
+def test_wandb_is_told_how_a_run_ended(tmp_path: Path) -> None:
+    start = {"project": "glider_dist", "name": "evaluate exp7", "job_type": "evaluate"}
+    done = {"exit_code": 0, "state": "done", "reason": ""}
+    assert _told_to_wandb(tmp_path) == [start, done]
+    failed = {"exit_code": 1, "state": "failed", "reason": "boom"}
+    assert _told_to_wandb(tmp_path, "failed", "boom") == [start, failed]
+    stopped = {"exit_code": 1, "state": "stopped", "reason": "SIGUSR1"}
+    assert _told_to_wandb(tmp_path, "stopped", "SIGUSR1") == [start, {"preempting": True}, stopped]
+
+
+def test_wandbs_own_variables_count(tmp_path: Path) -> None:
+    start, _ = _told_to_wandb(tmp_path, WANDB_PROJECT="ours", WANDB_NAME="first", WANDB_JOB_TYPE="nightly")
+    assert start == {"project": "ours", "name": "first", "job_type": "nightly"}
+    assert _told_to_wandb(tmp_path, WANDB_MODE="disabled") == []

@@ -107,6 +107,12 @@ def test_a_killed_stage_goes_on_in_the_middle_of_its_experts(job):
     outcome = stage(job, "train-experts", **changes)
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("goes on after step") == 3
+    points = [json.loads(line) for line in (job / "run" / "metrics.jsonl").read_text().splitlines()]
+    curve = [point["step"] for point in points if "expert/loss" in point]
+    # Steps that were done and not kept are done, and shown, again.
+    assert curve[-1] == 40
+    assert sorted(set(curve)) == list(range(1, 41))
+    assert curve.count(1) == 1
     steps = json.loads((job / "run" / "state.json").read_text())["progress"]
     assert steps["done"] == steps["total"] == 120
     assert list(unfinished.iterdir()) == []

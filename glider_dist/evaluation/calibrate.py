@@ -66,19 +66,23 @@ def run(job: Job) -> None:
         return
     pool.check_base(job.fingerprint)
     queries = make_queries(tasks, "validation", cfg.calibrate.queries, job.collator, pool.names)
-    # Each rank asks for its share, and all get everything.
-    shares = job.ranks.gather(
-        router.similarity([query.instruction for query in queries[job.ranks.rank :: job.ranks.world]])
-    )
-    similarity = torch.empty(len(queries), len(pool))
-    for rank, share in enumerate(shares):
-        similarity[rank :: job.ranks.world] = share
+    # Queries times experts is much for one rank: each has its own queries alone, with their experts and without.
+    share = list(range(job.ranks.rank, len(queries), job.ranks.world))
+    mine = [*share, *(len(queries) + i for i in share)]
+    similarity = router.similarity([queries[i].instruction for i in share])
     without = similarity.clone()
-    without[torch.arange(len(queries)), torch.tensor([query.owner for query in queries])] = float("-inf")
+    owners = torch.tensor([queries[i].owner for i in share], dtype=torch.int64)
+    without[torch.arange(len(share)), owners] = float("-inf")
     both = torch.cat([similarity, without])
-    encoded = [query.encoded for query in queries] * 2
+    encoded = [queries[i].encoded for i in share] * 2
 
-    mine = list(range(job.ranks.rank, len(encoded), job.ranks.world))
+    def of_all(values: np.ndarray) -> np.ndarray:
+        """``[N]`` from every rank's values of its queries, with their experts and then without."""
+        values_N = np.zeros(2 * len(queries))
+        values_N[mine] = values
+        total: np.ndarray = np.sum(job.ranks.gather(values_N), axis=0)
+        return total
+
     glider = dataclasses.replace(cfg.router, kind="glider")
     model = job.attach(pool, dataclasses.replace(glider, **_fixed(1.0)))
     runner = QueryRunner(job.frozen, job.collator, cfg.evaluate.batch_size, job.stop)
@@ -90,17 +94,15 @@ def run(job: Job) -> None:
                 continue
             fixed = dataclasses.replace(glider, **_fixed(alpha))
             set_router(model, fixed)
-            scope = router_scope(model, fixed, both[mine], None)
-            nll_N = np.zeros(len(encoded))
-            nll_N[mine] = runner.nll([encoded[i] for i in mine], scope).numpy()  # nats per token
+            nll = runner.nll(encoded, router_scope(model, fixed, both, None)).numpy()  # nats per token
             job.stop.agree(runner.broke_off)
-            kept.add(alpha, np.sum(job.ranks.gather(nll_N), axis=0))
+            kept.add(alpha, of_all(nll))
             job.stop.agree(job.stop.wished and len(kept.nll) < len(cfg.calibrate.alphas))
     finally:
         detach(model)
     nll = np.stack([kept.nll[alpha] for alpha in cfg.calibrate.alphas])
     losses = 1 - np.exp(-nll)
-    best = best_cosine(both, pool.names, glider)
+    best = of_all(best_cosine(both, pool.names, glider))
     chosen = choose(losses, best, cfg.calibrate.alphas)
     if job.ranks.is_main:
         write_json(

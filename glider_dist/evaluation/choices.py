@@ -7,7 +7,8 @@ The prompt runs once for all its choices: its key-value cache (causal models) or
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,21 +36,31 @@ def check_choices(collator: Collator, queries: Sequence[Query]) -> None:
 
 @torch.no_grad()
 def rank_choices(
-    model: Any, collator: Collator, queries: Sequence[Query], batch_size: int, scope: Scope
+    model: Any,
+    collator: Collator,
+    queries: Sequence[Query],
+    batch_size: int,
+    scope: Scope,
+    known: Mapping[int, int] = MappingProxyType({}),
+    on_batch: Callable[[dict[int, int]], Any] = lambda found: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[int | None]:
     """Position of the likeliest choice of each query by mean log-likelihood per token (PHATGOOSE,
-    ``interface_mixin.py:93-145``); None for a query without choices.
+    ``interface_mixin.py:93-145``); None for a query without choices, and where ``stop`` came first.
 
     Args:
         batch_size: (query, choice) rows per forward at most; a query's choices stay together.
+        known: positions that are there already, by query.
+        on_batch: called with those of each batch.
+        stop: asked between batches; the first is run in any case.
     """
-    best: list[int | None] = [None] * len(queries)
+    best = [known.get(i) for i in range(len(queries))]
     order = sorted(
-        (i for i, query in enumerate(queries) if query.example.choices),
+        (i for i, query in enumerate(queries) if query.example.choices and i not in known),
         key=lambda i: len(queries[i].encoded.prompt),
     )
     start = 0
-    while start < len(order):
+    while start < len(order) and not (start and stop()):
         chosen: list[int] = []
         rows = 0
         # All queries of a batch get as many rows as the one with the most choices.
@@ -62,8 +73,10 @@ def rank_choices(
         start += len(chosen)
         with scope(chosen):
             scores = _choice_scores(model, collator, [queries[i] for i in chosen], rows)
-        for i, row in zip(chosen, scores, strict=True):
-            best[i] = int(row.argmax())
+        found = dict(zip(chosen, scores.argmax(1).tolist(), strict=True))
+        for i, place in found.items():
+            best[i] = place
+        on_batch(found)
     return best
 
 

@@ -12,7 +12,15 @@ from glider_dist.errors import GliderError
 from glider_dist.evaluation.choices import check_choices
 from glider_dist.evaluation.partial import PartialRow
 from glider_dist.evaluation.queries import Query, make_queries, queries_digest
-from glider_dist.evaluation.report import QueryResult, RouterResult, summary_table, task_table, write_reports
+from glider_dist.evaluation.report import (
+    SPLITS,
+    QueryResult,
+    RouterResult,
+    mean_score,
+    summary_table,
+    task_table,
+    write_reports,
+)
 from glider_dist.evaluation.routers import evaluate_router, made_with, router_settings
 from glider_dist.job import Job
 from glider_dist.model.attach import detach
@@ -112,8 +120,9 @@ def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str],
             if job.ranks.is_main:
                 plain = {"key": key, "result": dataclasses.asdict(result), "routing": routing}
                 write_json(rows / f"{kind}.json", plain)
-                mean = sum(query.score for query in result.queries) / len(result.queries)
-                log.info("%s: %.3f over %d queries in %.0f s", kind, mean, len(result.queries), result.seconds)
+                scores = {split: mean_score(result, split) for split in SPLITS}
+                said = ", ".join(f"{split} {score:.3f}" for split, score in scores.items() if score is not None)
+                log.info("%s: %s, %d queries in %.0f s", kind, said, len(result.queries), result.seconds)
                 partial.remove()
             done += 1
             job.run.progress("rows", done, len(cfg.routers))
@@ -176,18 +185,9 @@ def _stored(path: Path, key: str) -> tuple[RouterResult, dict[str, Any]] | None:
 
 
 def _track(job: Job, results: list[RouterResult]) -> None:
-    columns = ["router", "held_in", "held_out", "seconds_per_query"]
     table = []
     for result in results:
-        means = []
-        for split in ("held_in", "held_out"):
-            scores = [query.score for query in result.queries if query.split == split]
-            means.append(sum(scores) / len(scores) if scores else None)
-        table.append([result.router, *means, result.seconds / max(len(result.queries), 1)])
-        known = {
-            f"evaluate/{result.router}/{split}": m
-            for split, m in zip(columns[1:3], means, strict=True)
-            if m is not None
-        }
-        job.run.log(known)
-    job.run.table("evaluation", columns, table)
+        means = {split: mean_score(result, split) for split in SPLITS}
+        table.append([result.router, *means.values(), result.seconds / max(len(result.queries), 1)])
+        job.run.log({f"evaluate/{result.router}/{split}": m for split, m in means.items() if m is not None})
+    job.run.table("evaluation", ["router", *SPLITS, "seconds_per_query"], table)

@@ -19,15 +19,16 @@ log = logging.getLogger(__name__)
 
 
 class PartialRow:
-    """One router's answers so far. All ranks make it together.
+    """One router's answers and chosen choices so far. All ranks make it together.
 
     Args:
-        key: what answers of earlier starts must have been given for.
+        key: what those of earlier starts must have been given for.
 
     Attributes:
-        known: answers of earlier starts, by position of the query.
+        texts: answers of earlier starts, by position of the query.
+        choices: positions of the likeliest choices that earlier starts found, by position of the query.
         tokens: tokens per expert ``[E]`` that these took, on all ranks together; zeros if there are none.
-        seconds: that earlier starts spent on them.
+        seconds: that earlier starts spent on the answers.
     """
 
     def __init__(self, folder: Path, kind: str, key: str, ranks: Ranks, experts: int, minutes: float):
@@ -35,17 +36,20 @@ class PartialRow:
         self._key = key
         # Of this start alone: files of earlier ones stay as they are.
         self._path = folder / f"{kind}.{ranks.rank}.{secrets.token_hex(4)}.json"
-        self._seconds = 60 * minutes
+        self._interval = 60 * minutes
         self._started = self._last = time.monotonic()
-        self._new: dict[int, str] = {}
+        self._spent = 0.0
+        self._new_texts: dict[int, str] = {}
+        self._new_choices: dict[int, int] = {}
         found = ranks.gather(self._read(experts) if ranks.is_main else None)[0]
         assert found is not None
-        self.known, self.tokens, self.seconds = found
-        if self.known and ranks.is_main:
-            log.info("%s: %d answers are there from an earlier start", kind, len(self.known))
+        self.texts, self.choices, self.tokens, self.seconds = found
+        if self.texts and ranks.is_main:
+            log.info("%s: %d answers are there from an earlier start", kind, len(self.texts))
 
-    def _read(self, experts: int) -> tuple[dict[int, str], torch.Tensor, float]:
+    def _read(self, experts: int) -> tuple[dict[int, str], dict[int, int], torch.Tensor, float]:
         known: dict[int, str] = {}
+        choices: dict[int, int] = {}
         seconds = 0.0
         tokens = torch.zeros(experts, dtype=torch.int64)
         for path in sorted(self._folder.glob(f"{self._kind}.*.json")):
@@ -53,28 +57,39 @@ class PartialRow:
                 value = read_json(path)
                 if value.get("key") == self._key:
                     texts = {int(place): str(text) for place, text in value["texts"].items()}
+                    chosen = {int(place): int(choice) for place, choice in value.get("choices", {}).items()}
                     tokens += torch.tensor(value["tokens"], dtype=torch.int64)
                     known |= texts
+                    choices |= chosen
                     # Ranks work at the same time, starts one after the other.
                     seconds += value["seconds"] if value["rank"] == 0 else 0.0
-            except (GliderError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            except (GliderError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 log.warning("%s is damaged (%s); its answers are asked for again", path, error)
-        return known, tokens, seconds
+        return known, choices, tokens, seconds
 
-    def add(self, texts: Mapping[int, str], tokens: torch.Tensor) -> None:
+    def answered(self, texts: Mapping[int, str], tokens: torch.Tensor) -> None:
         """Note the answers of a batch, by position of the query, and this rank's tokens per expert ``[E]`` up to
         now; written if it is time."""
-        self._new.update(texts)
+        self._new_texts.update(texts)
+        self._spent = time.monotonic() - self._started
+        self._note(tokens)
+
+    def chose(self, choices: Mapping[int, int], tokens: torch.Tensor) -> None:
+        """The same for the choices of a batch."""
+        self._new_choices.update(choices)
+        self._note(tokens)
+
+    def _note(self, tokens: torch.Tensor) -> None:
         self._tokens = tokens
-        if time.monotonic() - self._last >= self._seconds:
+        if time.monotonic() - self._last >= self._interval:
             self.save()
 
     def save(self) -> None:
-        """Write what :meth:`add` has noted."""
-        if self._new:
-            spent = {"rank": self._ranks.rank, "seconds": round(time.monotonic() - self._started, 3)}
-            plain = {"key": self._key, **spent, "tokens": self._tokens.tolist(), "texts": self._new}
-            write_json(self._path, plain)
+        """Write what was noted."""
+        if self._new_texts or self._new_choices:
+            spent = {"rank": self._ranks.rank, "seconds": round(self._spent, 3)}
+            new = {"texts": self._new_texts, "choices": self._new_choices}
+            write_json(self._path, {"key": self._key, **spent, "tokens": self._tokens.tolist(), **new})
         self._last = time.monotonic()
 
     def remove(self) -> None:

@@ -123,6 +123,12 @@ def task_table(results: Sequence[RouterResult]) -> str:
     return _fixed_width([[_number(cell) for cell in row] for row in _task_rows(results)]) + "\n"
 
 
+def mean_score(result: RouterResult, split: str) -> float | None:
+    """The score that the table shows: over a task's queries, then over tasks; None if there are none."""
+    tasks = [float(scores.mean()) for scores in _by_task(result, split).values()]
+    return sum(tasks) / len(tasks) if tasks else None
+
+
 def write_reports(
     folder: Path, results: Sequence[RouterResult], extra: dict[str, Any], samples: int = 1000, seed: int = 0
 ) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
 from glider_dist.evaluation.choices import rank_choices
+from glider_dist.evaluation.hindsight import hindsight_experts
 from glider_dist.evaluation.metrics import score
 from glider_dist.evaluation.partial import PartialRow
 from glider_dist.evaluation.queries import Query, QueryRunner, Scope, no_scope
@@ -30,7 +32,7 @@ from glider_dist.routing.strategies import needs_scores, strategy_of
 from glider_dist.semantics.global_router import Ahead, GlobalRouter
 
 log = logging.getLogger(__name__)
-HINDSIGHT_QUERIES = 16
+T = TypeVar("T")
 
 
 def router_scope(
@@ -87,52 +89,88 @@ def evaluate_router(
         # Loading the embedder is not part of a query's time.
         router.embedder.embed(["warm up"])
     job.ranks.barrier()
-    started = time.perf_counter()
-    similarity, before = None, {}
-    if needs_scores(used):
-        if router is None:
-            raise GliderError(f"router {kind!r} needs the index of the pool; run index first")
-        before = dict(router.seconds)
-        batches = list(runner.batches([queries[i].encoded for i in mine]))
-        similarity = Ahead(router, [queries[i].instruction for i in mine], batches)
-    own = experts[mine] if experts is not None else None
-    scope = router_scope(model, used, similarity, own)
-    reset_routing_stats(model)
+    with contextlib.ExitStack() as ended:
+        started = time.perf_counter()
+        similarity, before = None, {}
+        if needs_scores(used):
+            if router is None:
+                raise GliderError(f"router {kind!r} needs the index of the pool; run index first")
+            before = dict(router.seconds)
+            batches = list(runner.batches([queries[i].encoded for i in mine]))
+            similarity = ended.enter_context(Ahead(router, [queries[i].instruction for i in mine], batches))
+        own = experts[mine] if experts is not None else None
+        scope = router_scope(model, used, similarity, own)
+        reset_routing_stats(model)
 
-    def note(found: dict[int, str]) -> None:
+        def note(found: dict[int, str]) -> None:
+            if partial is not None:
+                partial.answered({mine[place]: text for place, text in found.items()}, _tokens(model, pool))
+
+        texts = runner.answers(
+            [queries[i].encoded for i in mine],
+            cfg.evaluate.max_new_tokens,
+            scope,
+            known=_places(mine, partial.texts if partial is not None else {}),
+            on_batch=note,
+        )
         if partial is not None:
-            partial.add({mine[place]: text for place, text in found.items()}, _tokens(model, pool))
+            partial.save()
+        job.stop.agree(runner.broke_off)
+        seconds = max(job.ranks.gather(time.perf_counter() - started)) + (partial.seconds if partial else 0.0)
+        waited = similarity.waited if similarity is not None else 0.0
+        choices: list[int | None] = [None] * len(mine)
+        if cfg.evaluate.rank_classification:
+            choices = _choices(job, pool, [queries[i] for i in mine], mine, scope, partial)
+        latency = {"model": seconds}
+        scores = None
+        if similarity is not None and router is not None:
+            scores = similarity.all()
+            latency = _latency(job, router, before, waited, seconds)
+        rows = []
+        for place, i in enumerate(mine):
+            first = None
+            if scores is not None and queries[i].owner is not None:
+                first = int(scores[place].argmax()) == queries[i].owner
+            rows.append((i, _result(queries[i], texts[place], choices[place], first)))
+        everything = dict(row for rows in job.ranks.gather(rows) for row in rows)
+        result = RouterResult(kind, tuple(everything[i] for i in range(len(queries))), seconds, made_with(job))
+        return result, {**_routing(job, model, pool, partial), "seconds": latency}
 
-    earlier = partial.known if partial is not None else {}
-    known = {place: earlier[i] for place, i in enumerate(mine) if i in earlier}
-    texts = runner.answers(
-        [queries[i].encoded for i in mine], cfg.evaluate.max_new_tokens, scope, known=known, on_batch=note
+
+def _choices(
+    job: Job,
+    pool: ExpertPool,
+    queries: Sequence[Query],
+    mine: Sequence[int],
+    scope: Scope,
+    partial: PartialRow | None,
+) -> list[int | None]:
+    """The likeliest choices of this rank's queries; raises Stopped with those so far in ``partial``."""
+    model = job.frozen.model
+
+    def note(found: dict[int, int]) -> None:
+        if partial is not None:
+            partial.chose({mine[place]: choice for place, choice in found.items()}, _tokens(model, pool))
+
+    chosen = rank_choices(
+        model,
+        job.collator,
+        queries,
+        job.cfg.evaluate.batch_size,
+        scope,
+        _places(mine, partial.choices if partial is not None else {}),
+        note,
+        lambda: job.stop.wished,
     )
     if partial is not None:
         partial.save()
-    if runner.broke_off and similarity is not None:
-        similarity.close()
-    job.stop.agree(runner.broke_off)
-    seconds = max(job.ranks.gather(time.perf_counter() - started)) + (partial.seconds if partial else 0.0)
-    waited = similarity.waited if similarity is not None else 0.0
-    choices: list[int | None] = [None] * len(mine)
-    if cfg.evaluate.rank_classification:
-        choices = rank_choices(model, job.collator, [queries[i] for i in mine], cfg.evaluate.batch_size, scope)
-    latency = {"model": seconds}
-    scores = None
-    if similarity is not None and router is not None:
-        scores = similarity.all()
-        similarity.close()
-        latency = _latency(job, router, before, waited, seconds)
-    rows = []
-    for place, i in enumerate(mine):
-        first = None
-        if scores is not None and queries[i].owner is not None:
-            first = int(scores[place].argmax()) == queries[i].owner
-        rows.append((i, _result(queries[i], texts[place], choices[place], first)))
-    everything = dict(row for rows in job.ranks.gather(rows) for row in rows)
-    result = RouterResult(kind, tuple(everything[i] for i in range(len(queries))), seconds, made_with(job))
-    return result, {**_routing(job, model, pool, partial), "seconds": latency}
+    job.stop.agree(any(query.example.choices and one is None for query, one in zip(queries, chosen, strict=True)))
+    return chosen
+
+
+def _places(mine: Sequence[int], found: Mapping[int, T]) -> dict[int, T]:
+    """What was found for the queries at ``mine``, by their places there."""
+    return {place: found[i] for place, i in enumerate(mine) if i in found}
 
 
 def made_with(job: Job) -> dict[str, Any]:
@@ -177,36 +215,6 @@ def _result(query: Query, text: str, choice: int | None, own_first: bool | None)
         own_first=own_first,
         choice_score=right,
     )
-
-
-def hindsight_experts(job: Job, queries: Sequence[Query], runner: QueryRunner, experts: int) -> torch.Tensor:
-    """The oracle's choice for each query: its task's own expert, else (held-out) the expert with the lowest mean
-    loss on the task's first 16 queries, chosen in hindsight; ``[queries]`` int64.
-    """
-    model = job.frozen.model
-    open_tasks = list(dict.fromkeys(query.task.name for query in queries if query.owner is None))
-    probes = {
-        name: [query.encoded for query in queries if query.task.name == name][:HINDSIGHT_QUERIES]
-        for name in open_tasks
-    }
-    encoded = [item for name in open_tasks for item in probes[name]]
-    losses = {}
-    # Every rank takes part in as many rounds, as common forwards need; the last may repeat an expert.
-    for turn in range(-(-experts // job.ranks.world)):
-        expert = (job.ranks.rank + turn * job.ranks.world) % experts
-        losses[expert] = runner.nll(
-            encoded,
-            lambda chosen, e=expert: assign_experts(model, torch.full((len(chosen),), e)),  # type: ignore[misc]
-        )
-    job.stop.agree(runner.broke_off)
-    table = dict(row for rows in job.ranks.gather(list(losses.items())) for row in rows)
-    best: dict[str, int] = {}
-    start = 0
-    for name in open_tasks:
-        stop = start + len(probes[name])
-        best[name] = min(range(experts), key=lambda e: float(table[e][start:stop].mean()))
-        start = stop
-    return torch.tensor([best[q.task.name] if q.owner is None else q.owner for q in queries])
 
 
 def _tokens(model: Any, pool: ExpertPool) -> torch.Tensor:

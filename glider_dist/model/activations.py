@@ -14,7 +14,7 @@ from torch import nn
 
 from glider_dist.errors import GliderError
 from glider_dist.model.attach import assign_experts, context_of
-from glider_dist.model.routed import RoutedLinear
+from glider_dist.model.routed import RoutedLinear, routed_layers
 
 
 @torch.no_grad()
@@ -47,12 +47,9 @@ def average_activations(
         sums[module.site] = sums.get(module.site, 0) + x_Td.double().sum(0)
         counts[module.site] = counts.get(module.site, 0) + x_Td.shape[0]
 
-    sites = [site for site, bank in context.banks.items() if bank.ranks[expert]]
-    handles = [
-        module.register_forward_pre_hook(watch)
-        for module in model.modules()
-        if isinstance(module, RoutedLinear) and module.site in sites
-    ]
+    layers = routed_layers(model)
+    sites = [site for site in layers if context.banks[site].ranks[expert]]
+    handles = [layers[site].register_forward_pre_hook(watch) for site in sites]
     try:
         for inputs in batches:
             with assign_experts(model, torch.tensor([expert])):

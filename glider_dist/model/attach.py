@@ -15,7 +15,7 @@ from glider_dist.errors import GliderError
 from glider_dist.lora.bank import SiteBank
 from glider_dist.model.context import RoutingContext
 from glider_dist.model.loading import load_banks, load_part
-from glider_dist.model.routed import RoutedLinear
+from glider_dist.model.routed import RoutedLinear, routed_layers
 from glider_dist.model.sites import device_of, fingerprint, linear_sites
 from glider_dist.model.stored import cached_arrow_prototypes, read_activations
 from glider_dist.parallel.cost import Costs
@@ -64,7 +64,8 @@ def attach_pool(
 
     Raises:
         GliderError: the pool was made for another base, is empty or damaged, lacks gates that the router needs,
-            adapts a layer that the model lacks or with another shape, or the model already has a pool;
+            adapts a layer that the model lacks or with another shape, adapts none that can be found in the model,
+            or the model already has a pool;
             ``dispatch`` is unknown or cannot reach the experts, or the router is refused as by
             :func:`set_router`. With a mesh also: a rank sees another pool or placement than rank 0, replicas
             differ, a rank cannot read its experts, or the placement is for another number of ranks. The model
@@ -94,7 +95,7 @@ def attach_pool(
         context = install(model, pool.names, banks, gates)
         context.prototypes.stored = {
             "arrow": partial(cached_arrow_prototypes, pool, banks),
-            "activation": partial(read_activations, pool, banks),
+            "activation": partial(read_activations, pool, {site: banks[site] for site in routed_layers(model)}),
         }
     else:
         check_dispatch(dispatch, router)
@@ -104,6 +105,12 @@ def attach_pool(
         )
     context.pool = pool
     try:
+        if not routed_layers(model):
+            raise GliderError(
+                f"no layer that pool {pool.path} adapts is one of the {len(linear_sites(model))} linear layers of "
+                f"this {type(model).__name__} that tokens pass (with in_features and out_features), so that "
+                "no expert could act"
+            )
         set_router(model, router)
     except GliderError:
         detach(model)
@@ -128,7 +135,7 @@ def install(
     dispatch: Dispatch | None = None,
     eligible: dict[str, torch.Tensor] | None = None,
 ) -> RoutingContext:
-    """Wrap the sites of ``banks`` and hang their context on the model.
+    """Wrap the sites of ``banks`` that tokens pass, and hang their context on the model.
 
     Args:
         dispatch: how to reach the experts of other ranks; None if ``banks`` hold all of ``names``.
@@ -136,7 +143,13 @@ def install(
     """
     context = RoutingContext(model, names, banks, gates, dispatch, eligible)
     sites = linear_sites(model)
-    for name in banks:
+    away = [name for name in banks if name not in sites]
+    if away:
+        log.warning(
+            "%d of the %d layers that the experts adapt lie outside the language model, such as %s: what they "
+            "compute belongs to no query, so that the base alone serves there", len(away), len(banks), away[0],
+        )  # fmt: skip
+    for name in (name for name in banks if name in sites):
         parent, _, leaf = name.rpartition(".")
         module = sites[name].module
         routed = RoutedLinear(module, name, context.stacks.stack_of(module), context)
@@ -182,6 +195,12 @@ def context_of(model: nn.Module) -> RoutingContext:
     if context is None:
         raise GliderError("this model has no pool; call glider_dist.attach_pool(model, pool) first")
     return context
+
+
+def shares_experts(model: nn.Module) -> bool:
+    """Whether each rank holds a part of the attached experts, so that a forward is a collective."""
+    context = model.__dict__.get(_CONTEXT)
+    return context is not None and context.dispatch is not None
 
 
 def set_router(model: nn.Module, router: RouterConfig, pool: ExpertPool | None = None) -> None:

@@ -96,7 +96,7 @@ def load_base(
             model, tokenizer = _load_from_hub(source, how)
     model.requires_grad_(False).eval()
     tune(model, target)
-    if bits == 4 and target.type == "cpu":
+    if target.type == "cpu":
         use_plain_kernels(model)
     _set_padding(model, tokenizer, source)
     return BaseModel(model, tokenizer, chosen, target, source, reason)
@@ -226,7 +226,12 @@ def fetch_base(base: str) -> str:
         return source
     _ask_hub(source)
     for weights in ("*.safetensors", "*.bin"):
-        folder = snapshot_download(source, allow_patterns=["*.json", weights, *TOKENIZER_FILES])
+        try:
+            folder = snapshot_download(source, allow_patterns=["*.json", weights, *TOKENIZER_FILES])
+        except Exception as error:  # the network's own are of whichever library the hub's client uses
+            raise GliderError(
+                f"{source!r} broke off while it was fetched ({first_line(error)}); start again, it goes on there"
+            ) from error
         if next(Path(folder).glob(weights), None) is not None:
             return folder
     raise GliderError(f"the hub's {source!r} holds no weights in safetensors; pass base=FOLDER")

@@ -92,6 +92,12 @@ class RoutingContext:
         self._assigned_B: torch.Tensor | None = None
         self._made: dict[str, tuple[tuple[object, ...], Any]] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingContext:
+        # The copy's hooks would go on watching for this one.
+        raise GliderError(
+            "a model with a pool cannot be copied; call glider_dist.detach(model) first, and attach to each copy"
+        )
+
     def use(self, router: RouterConfig) -> None:
         """Switch the router; merged experts, experts less the general ones and prototypes are made once each.
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from glider_dist.errors import GliderError
+from glider_dist.model.attach import shares_experts
 from glider_dist.model.base import BaseModel
 from glider_dist.model.zero import base_config, import_deepspeed
 from glider_dist.parallel.ranks import Ranks
@@ -34,19 +35,22 @@ class FrozenBase:
     Attributes:
         model: the Hugging Face model to call (not the engine, which refuses a backward without an optimizer).
         sharded: True under ZeRO 3.
-        lockstep: True if forwards are collectives: under ZeRO 3, and where ranks share the experts.
     """
 
-    def __init__(self, base: BaseModel, ranks: Ranks, zero_stage: int, expert_parallel: int = 1):
+    def __init__(self, base: BaseModel, ranks: Ranks, zero_stage: int):
         self.model: Any = base.model
         self.ranks = ranks
         # Nothing here has gradients or an optimizer that stages 1 and 2 could shard.
         zero_stage = zero_stage if zero_stage == 3 else 0
         self.sharded = zero_stage == 3 and ranks.world > 1
-        self.lockstep = self.sharded or expert_parallel > 1
         self.nbytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.model.parameters())
         if ranks.world > 1:
             self.engine = _engine(self.model, zero_stage, base.dtype)
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether forwards are collectives: under ZeRO 3, and while ranks share the attached experts."""
+        return self.sharded or shares_experts(self.model)
 
     @property
     def local_bytes(self) -> int:

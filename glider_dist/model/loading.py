@@ -9,7 +9,7 @@ from torch import nn
 
 from glider_dist.errors import GliderError
 from glider_dist.lora.bank import SiteBank, stack_site
-from glider_dist.model.sites import linear_sites
+from glider_dist.model.sites import every_linear
 from glider_dist.parallel.exchange import gather_objects
 from glider_dist.parallel.mesh import Mesh
 from glider_dist.parallel.placement import Placement
@@ -29,7 +29,7 @@ def load_banks(
         ``{site: SiteBank}`` in ``dtype``, and ``{site: [E, d_in]}`` fp32 raw gates (zeros where an expert does
         not adapt the site); gates are empty unless ``with_gates``.
     """
-    known = {name: site.shape for name, site in linear_sites(model).items()}
+    known = {name: site.shape for name, site in every_linear(model).items()}
     weights = [_read(expert, known) for expert in pool.experts()]
     used = [site for site in known if any(site in loras for loras in weights)]
     banks = {site: stack_site([loras.get(site) for loras in weights], known[site], dtype) for site in used}
@@ -61,7 +61,7 @@ def load_part(
     Raises:
         GliderError: on every rank, if one of them cannot read its experts.
     """
-    known = {name: site.shape for name, site in linear_sites(model).items()}
+    known = {name: site.shape for name, site in every_linear(model).items()}
     owned, experts = placement.owned(mesh.expert_rank), pool.experts()
     message: str | None = None
     weights: dict[int, dict[str, SiteLora]] = {}

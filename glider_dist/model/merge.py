@@ -13,7 +13,8 @@ from glider_dist.config import OFFLINE_DEFAULT
 from glider_dist.errors import GliderError, first_line
 from glider_dist.model.base import load_base, on_meta
 from glider_dist.model.download import smollm2_folder
-from glider_dist.model.sites import fingerprint, linear_sites
+from glider_dist.model.quantised import make_plain
+from glider_dist.model.sites import every_linear, fingerprint
 from glider_dist.pool import ExpertPool, Fingerprint
 from glider_dist.pool.export import chosen, merged_weights
 from glider_dist.pool.files import replacing_folder
@@ -33,7 +34,8 @@ def export_model(
         source: the base, where it is not any more where the pool says.
 
     Raises:
-        GliderError: the base cannot be loaded or is not the pool's, or ``out`` holds something.
+        GliderError: the base cannot be loaded, is not the pool's or is quantised beyond recall, or ``out`` holds
+            something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise GliderError(f"{out} is there already; name a new folder")
@@ -42,8 +44,9 @@ def export_model(
         base = load_base(source or pool.base, dtype, "cpu")
     except GliderError as error:
         raise GliderError(str(error) if source else f"{error} ({pool.base_origin})") from error
-    sites = linear_sites(base.model)
     pool.check_base(fingerprint(base.model))
+    make_plain(base.model, base.dtype)
+    sites = every_linear(base.model)
     merged = merged_weights(experts)
     check_sites("merged", {site: (b.shape[0], a.shape[1]) for site, (a, b) in merged.items()}, _shapes(sites))
     with torch.no_grad():

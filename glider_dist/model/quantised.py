@@ -46,9 +46,27 @@ def use_plain_kernels(model: nn.Module) -> None:
             vars(module)["support_avx512bf16_for_cpu"] = False
             if (width := vars(module)["in_features"]) % _BLOCK:
                 raise GliderError(
-                    f"base_bits=4 on a CPU needs widths that are multiples of {_BLOCK}, but {name} reads {width}; "
-                    "use base_bits=8"
+                    f"4 bits on a CPU need widths that are multiples of {_BLOCK}, but {name} reads {width}; "
+                    "use base_bits=8, over a base that is not quantised on disk"
                 )
+
+
+def make_plain(model: Any, dtype: torch.dtype) -> None:
+    """Give a base that is quantised on disk plain linear layers, of the values that its weights stand for.
+
+    Raises:
+        GliderError: transformers cannot unpack what it is quantised by.
+    """
+    quantiser = getattr(model, "hf_quantizer", None)
+    if quantiser is None:
+        return
+    try:
+        model.dequantize(dtype)
+    except NotImplementedError:
+        method = getattr(quantiser.quantization_config.quant_method, "value", "an unknown method")
+        raise GliderError(
+            f"the base is quantised by {method}, which cannot be undone; pass base= the model it was made from"
+        ) from None
 
 
 def quantised_bytes(model: nn.Module, bits: int) -> int:

@@ -13,6 +13,11 @@ from glider_dist.lora.blocks import add_blocks
 from glider_dist.model.context import RoutingContext
 
 
+def routed_layers(model: nn.Module) -> dict[str, RoutedLinear]:
+    """The routed layers of an attached model by their site."""
+    return {module.site: module for module in model.modules() if isinstance(module, RoutedLinear)}
+
+
 class RoutedLinear(nn.Module):
     """Wraps one linear layer. The base layer's weight is never read, so that ZeRO 3, quantised and
     tensor-parallel layers work underneath; the experts live in the context, outside the module tree.
@@ -31,6 +36,15 @@ class RoutedLinear(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        # Under the base's own names, so that save_pretrained writes what from_pretrained reads.
+        return self.base.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)

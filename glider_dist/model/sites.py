@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from glider_dist.errors import GliderError
 from glider_dist.pool import Fingerprint
@@ -27,23 +28,27 @@ class Site:
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
     # Widths, not weight.shape: ZeRO 3 and quantised layers keep no full weight.
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nx"):
         return int(module.nf), int(module.nx)  # type: ignore[arg-type]
+    # The layers of GPTQ, AWQ, HQQ and AQLM are no nn.Linear. What holds other layers (PEFT's) is no single one.
+    if isinstance(module, nn.Linear) or next(module.children(), None) is None:
+        widths = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        if isinstance(widths[0], int) and isinstance(widths[1], int):
+            return widths[0], widths[1]
     return None
 
 
-def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str, Site]:
+def language_model(model: nn.Module) -> nn.Module:
+    """What the tokens of a model with one stack run through: no head, and nothing that embeds images or sound."""
+    body: Any = getattr(model, "base_model", model)
+    # OPT and BART call it themselves, past the body. ModernBERT's head has the name by which it is looked for.
+    inner: Any = model.get_decoder() if hasattr(model, "get_decoder") else body  # type: ignore[operator]
+    return inner if isinstance(inner, PreTrainedModel) else body
+
+
+def every_linear(model: nn.Module) -> dict[str, Site]:
     """Every linear layer in the model's order, without heads (the output head, as PEFT's "all-linear" leaves it
-    out, and those for classification) and poolers, whose output no token sees.
-
-    Args:
-        targets: keep the layers whose dotted name ends with one of these; empty or None keeps all.
-
-    Raises:
-        GliderError: if a target names no layer.
-    """
+    out, and those for classification) and poolers, whose output no token sees."""
     whole: Any = model
     head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     sites = {}
@@ -51,6 +56,22 @@ def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str
         shape = _shape(module)
         if shape is not None and module is not head and not _on_top(name):
             sites[name] = Site(name, module, shape)
+    return sites
+
+
+def linear_sites(model: nn.Module, targets: list[str] | None = None) -> dict[str, Site]:
+    """The linear layers that tokens pass: :func:`every_linear` but those that make embeddings of images or sound.
+
+    Args:
+        targets: keep the layers whose dotted name ends with one of these; empty or None keeps all.
+
+    Raises:
+        GliderError: if a target names no layer.
+    """
+    towers: set[nn.Module] = set()
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        towers = {*getattr(model, "base_model", model).modules()} - {*language_model(model).modules()}
+    sites = {name: site for name, site in every_linear(model).items() if site.module not in towers}
     if not targets:
         return sites
     for target in targets:
@@ -73,14 +94,20 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def peft_targets(chosen: dict[str, Site], model: nn.Module) -> list[str]:
-    """:func:`~glider_dist.pool.adapter.target_modules` with which PEFT finds exactly these layers of ``model``."""
+    """:func:`~glider_dist.pool.adapter.target_modules` with which PEFT finds exactly these layers of ``model``.
+
+    Raises:
+        GliderError: there are none.
+    """
+    if not chosen:
+        raise GliderError(f"no linear layer was found in this {type(model).__name__} that an expert could adapt")
     return target_modules(chosen, (name for name, _ in model.named_modules()), whole=True)
 
 
 def fingerprint(model: nn.Module, weights: str | None = None) -> Fingerprint:
     """The base's fingerprint: model type, every linear layer's shape, and the weights' hash if known."""
     config: Any = getattr(model, "config", None)
-    shapes = {name: site.shape for name, site in linear_sites(model).items()}
+    shapes = {name: site.shape for name, site in every_linear(model).items()}
     return Fingerprint(getattr(config, "model_type", None), shapes, weights)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from glider_dist.errors import GliderError
+from glider_dist.model.sites import language_model
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,23 @@ def find_tokens(batch: int, length: int, mask: torch.Tensor | None, device: torc
     return Tokens(batch, length, keep, row[keep])
 
 
+def padding_mask(mask: Any) -> torch.Tensor | None:
+    """``[B, >= S]``, nonzero for real tokens, from any mask that a stack is handed; None if it has no padding.
+
+    Under a static cache, and inside multimodal models, that is a mask ``[B, 1, S, keys]`` (bool, or 0 where a key
+    may be read), or a dict of them by the layers' kind of attention.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        return mask if isinstance(mask, torch.Tensor) else None
+    allowed = mask == 0 if mask.is_floating_point() else mask.bool()
+    # A token reads itself and nothing reads padding. Which key is its own is known without a cache alone; the
+    # padding of a prompt that goes to one is on the left, where it has nothing to read.
+    square = mask.shape[2] == mask.shape[3]
+    return (allowed.diagonal(dim1=2, dim2=3) if square else allowed.any(-1)).any(1)
+
+
 class Stacks:
     """Watches the forward of each stack and remembers its tokens until the next one.
 
@@ -80,7 +98,7 @@ class Stacks:
         if getattr(config, "is_encoder_decoder", False):
             self.modules = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}  # type: ignore[operator]
         else:
-            self.modules = {"decoder": getattr(model, "base_model", model)}
+            self.modules = {"decoder": language_model(model)}
         # The first stack that holds a module: an encoder's are no part of the decoder's.
         self.stack_of_module = {
             inner: name for name, stack in reversed(self.modules.items()) for inner in stack.modules()
@@ -107,8 +125,7 @@ class Stacks:
         if inputs is None:
             return
         batch, length = inputs.shape[:2]
-        mask = arguments.get("attention_mask")
-        mask = mask if isinstance(mask, torch.Tensor) else None
+        mask = padding_mask(arguments.get("attention_mask"))
         self.tokens[name] = self._find(batch, length, mask, inputs.device)
         states = arguments.get("encoder_hidden_states")
         if name != "decoder" or not isinstance(states, torch.Tensor):
@@ -139,7 +156,9 @@ class Stacks:
             raise GliderError(
                 "a routed layer ran outside the model's forward; call the model, not one of its layers"
             )
-        if x.numel() // x.shape[-1] != tokens.batch * tokens.length:
+        rows = tokens.batch, tokens.length
+        # Rows and columns in another order (XLNet, Longformer) have as many entries, of other tokens.
+        if x.numel() // x.shape[-1] != tokens.batch * tokens.length or (x.ndim == 3 and x.shape[:2] != rows):
             if x.shape[0] == tokens.batch:  # a part of each row, such as its first token in BERT's pooler
                 return self._find(x.shape[0], x[0].numel() // x.shape[-1], None, x.device)
             raise GliderError(

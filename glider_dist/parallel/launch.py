@@ -1,4 +1,6 @@
-"""What ``srun`` tells a process, in torch's words: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+"""What a launcher gives a process: its place among the ranks, its GPU and its files.
+
+``srun`` tells it in words of its own; torch's are RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
 Slurm names no meeting place. Ours is the first node of the step, where rank 0 runs, and a port that follows from
 the job and the step, so that jobs that share a node do not meet.
@@ -6,8 +8,11 @@ the job and the step, so that jobs that share a node do not meet.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import MutableMapping
+import resource
+import sys
+from collections.abc import Mapping, MutableMapping
 
 from glider_dist.errors import GliderError
 
@@ -40,6 +45,32 @@ def adopt_slurm(env: MutableMapping[str, str]) -> None:
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], world
 
 
+def ranks_on_node(env: Mapping[str, str], world: int) -> int:
+    """How many of the job's ranks run here, as torchrun, srun or another launcher says; else all."""
+    return min(int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world), world)
+
+
+def visible_gpu(env: MutableMapping[str, str], local_rank: int, local_world: int, visible: int) -> int:
+    """The GPU of a rank among those that it sees.
+
+    Where Slurm binds one GPU to each task (``--gpus-per-task``), each sees its own alone, as number 0; LOCAL_RANK,
+    by which DeepSpeed chooses, then becomes 0.
+
+    Raises:
+        GliderError: there are fewer GPUs than ranks.
+    """
+    if local_rank < visible:
+        return local_rank
+    on_node = env.get("SLURM_GPUS_ON_NODE", "")
+    if visible == 1 and on_node.isdecimal() and int(on_node) >= local_world:
+        env["LOCAL_RANK"] = "0"
+        return 0
+    raise GliderError(
+        f"rank {env.get('RANK', '0')} needs GPU {local_rank} of its node, but sees {visible}; start fewer ranks, "
+        "or see what hides the others (CUDA_VISIBLE_DEVICES, --gpu-bind)"
+    )
+
+
 def first_host(nodes: str) -> str:
     """The first host of a Slurm host list: ``gpu[03-05,9]-ib[0-1],login`` gives ``gpu03-ib0``.
 
@@ -67,3 +98,17 @@ def tasks_per_node(text: str) -> list[int]:
 def port_of(job: int, step: int) -> int:
     """The port where the ranks of a job's step meet."""
     return _FIRST_PORT + (job * _STEPS + step % _STEPS) % _PORTS
+
+
+def open_many_files() -> int:
+    """Let this process open as many files as it may; returns how many.
+
+    Each expert that is written holds a lock, each rank a connection to every other, and a service one to each
+    client: together more than the usual 1,024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft

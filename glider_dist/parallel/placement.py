@@ -56,13 +56,14 @@ class Placement:
         by = f" by the load {self.load_sha256[:12]}" if self.load_sha256 else ""
         return f"{self.kind or 'of unknown origin'}{by}, over {self.ranks} ranks"
 
-    def is_made(self, ranks: int, kind: str, load: str | None) -> bool:
-        """Whether it was made as ``mesh.placement`` and ``mesh.load`` say, over so many ranks.
+    def is_made(self, names: Sequence[str], ranks: int, kind: str, load: str | None) -> bool:
+        """Whether it was made of these experts, in any order, over so many ranks, as ``mesh.placement`` and
+        ``mesh.load`` say.
 
         Raises:
             GliderError: see :func:`load_of`. A load that is gone is taken not to have changed.
         """
-        if (self.ranks, self.kind) != (ranks, kind):
+        if (self.ranks, self.kind) != (ranks, kind) or set(self.names) != set(names):
             return False
         path = Path(load or "")
         return kind != "balanced" or not path.exists() or digest_of(load_of(path)) == self.load_sha256
@@ -72,20 +73,21 @@ class Placement:
         how = {"kind": self.kind, "load_sha256": self.load_sha256}
         write_json(path, {"ranks": self.ranks, **how, "experts": owned})
 
+    def of(self, names: Sequence[str]) -> Placement:
+        """The same placement with the experts in this order."""
+        owner = dict(zip(self.names, self.owner, strict=True))
+        return replace(self, names=tuple(names), owner=tuple(owner[name] for name in names))
+
     @staticmethod
-    def load(path: Path, names: Sequence[str]) -> Placement:
-        """Raises GliderError if the file is broken or places other experts than ``names``."""
+    def load(path: Path) -> Placement:
+        """Raises GliderError if the file is broken."""
         try:
             plain: dict[str, Any] = json.loads(path.read_text())
             place = {name: int(rank) for rank, owned in plain["experts"].items() for name in owned}
             ranks = int(plain["ranks"])
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise GliderError(f"{path} is no placement ({error}); remove it to place the experts anew") from None
-        if place.keys() != set(names):
-            odd = sorted(place.keys() ^ set(names))[0]
-            raise GliderError(f"{path} and the pool differ in expert {odd!r}; remove it to place the experts anew")
-        owner = tuple(place[name] for name in names)
-        return Placement(tuple(names), owner, ranks, plain.get("kind"), plain.get("load_sha256"))
+        return Placement(tuple(place), tuple(place.values()), ranks, plain.get("kind"), plain.get("load_sha256"))
 
     def __str__(self) -> str:
         """A line per rank."""

@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from glider_dist.errors import GliderError
-from glider_dist.parallel.launch import adopt_slurm
+from glider_dist.parallel.launch import adopt_slurm, open_many_files, ranks_on_node, visible_gpu
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -85,6 +84,12 @@ class Ranks:
         if message := self.gather(message)[0]:
             raise GliderError(message)
 
+    def made_on_main(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on rank 0, on every rank; what it wrote may not be seen on other nodes yet."""
+        made: list[T] = []
+        self.on_main(lambda: made.append(make()))
+        return self.from_main(made[0] if made else cast(T, None))
+
     def together(self, work: Callable[[], T]) -> T:
         """Run ``work`` on every rank at once; a GliderError on any is raised on all of them."""
         message, value = None, None
@@ -143,8 +148,7 @@ def _environment() -> tuple[int, int, int, int]:
     env = os.environ
     adopt_slurm(env)
     world = int(env.get("WORLD_SIZE", "1"))
-    local_world = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world
-    return int(env.get("RANK", "0")), world, int(env.get("LOCAL_RANK", "0")), min(int(local_world), world)
+    return int(env.get("RANK", "0")), world, int(env.get("LOCAL_RANK", "0")), ranks_on_node(env, world)
 
 
 def start_ranks(device: str = "auto") -> Ranks:
@@ -157,16 +161,12 @@ def start_ranks(device: str = "auto") -> Ranks:
         GliderError: no GPU where one was asked for, fewer GPUs than ranks on this node, or the ranks do not meet.
     """
     rank, world, local_rank, local_world = _environment()
-    _open_many_files()
+    open_many_files()
     cuda = torch.cuda.is_available() and device in ("auto", "cuda")
     if device == "cuda" and not cuda:
         raise GliderError("device=cuda, but torch sees no GPU here; use device=cpu or a CUDA build of torch")
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise GliderError(
-            f"rank {rank} needs GPU {local_rank}, but this node has {torch.cuda.device_count()}; start fewer ranks"
-        )
     if cuda:
-        target = torch.device("cuda", local_rank)
+        target = torch.device("cuda", visible_gpu(os.environ, local_rank, local_world, torch.cuda.device_count()))
         torch.cuda.set_device(target)
     else:
         target = torch.device("cpu")
@@ -196,15 +196,6 @@ def _apart(rank: int, world: int, reason: str) -> str:
         )
     where, reason = f"{address}:{port}", " ".join(reason.split())[:200]
     return f"rank {rank} of {world} did not meet the others at {where} ({reason}); see whether rank 0 runs there"
-
-
-def _open_many_files() -> None:
-    """Each expert that is written holds a lock, and each rank a connection to every other: together more than the
-    1,024 files that a process may usually open before it asks for more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def keep_memory() -> None:

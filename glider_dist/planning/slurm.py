@@ -132,7 +132,8 @@ def render(
             "GLIDER_SCRIPTS": str(folder),
             "GLIDER_SITE": str(site.file),
             "GLIDER_LAUNCHER": cfg.slurm.launcher if link.nodes * link.ranks > 1 else "srun",
-            "GLIDER_SERVICE": "yes" if link.service else "no",
+            "GLIDER_SERVICE": ("yes" if cfg.service.fallback else "must") if link.service else "no",
+            "GLIDER_GROUP": run_dir.name,
             "GLIDER_SUBMIT": submit,
         }
         if link.shards:

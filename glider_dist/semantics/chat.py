@@ -146,7 +146,13 @@ class ChatModel:
             ) from None
         except self._refusals as error:
             message = str(getattr(error, "body", None) or error)[:200]
-            raise GliderError(f"the chat endpoint refuses (status {error.status_code}): {message}") from None
+            # One prompt may be too long for the model or stopped by a filter; a wrong key or model meets them all.
+            kind = NoAnswer if isinstance(error, self._not_understood) else GliderError
+            raise kind(f"the chat endpoint refuses (status {error.status_code}): {message}") from None
+        if not hasattr(answer, "choices"):
+            raise GliderError(
+                f"the endpoint of OPENAI_BASE_URL gives no chat completion, but {str(answer)[:60]!r}"
+            )
         with self._lock:
             self.usage.requests += 1
             if answer.usage is not None:
@@ -155,25 +161,26 @@ class ChatModel:
         return (answer.choices[0].message.content or "") if answer.choices else ""
 
     def _create(self, prompt: str, number: int, temperature: float) -> Any:
-        self._pace()
-        with_schema = self._takes_schema
-        more: dict[str, Any] = {"response_format": _form_of(number)} if with_schema else {}
+        if not self._takes_schema:
+            return self._complete(prompt, temperature)
         try:
-            return self._client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": prompt}],
-                max_tokens=self.settings.max_tokens,
-                temperature=temperature,
-                **more,
-            )
+            return self._complete(prompt, temperature, response_format=_form_of(number))
         except self._not_understood as error:
-            if not with_schema:
-                raise
-            # Perhaps for another reason: then it refuses again.
-            with self._lock:
-                self._takes_schema = False
-            log.debug("the chat endpoint may take no JSON schema (status %d): asked without", error.status_code)
-            return self._create(prompt, number, temperature)
+            answer = self._complete(prompt, temperature)
+            # It was the schema, else this one would have been refused as well.
+            self._takes_schema = False
+            log.debug("the chat endpoint takes no JSON schema (status %d): asked without", error.status_code)
+            return answer
+
+    def _complete(self, prompt: str, temperature: float, **more: Any) -> Any:
+        self._pace()
+        return self._client.chat.completions.create(
+            model=self.model,
+            messages=[{"role": "user", "content": prompt}],
+            max_tokens=self.settings.max_tokens,
+            temperature=temperature,
+            **more,
+        )
 
     def _pace(self) -> None:
         if self.settings.requests_per_minute <= 0:
@@ -222,7 +229,9 @@ def parse_descriptions(text: str, number: int) -> list[str]:
         if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
             reason = "no list of descriptions"
             continue
-        kept = list(dict.fromkeys(" ".join(item.split()) for item in found))
+        # Half a surrogate pair, which JSON can hold, has no UTF-8 form.
+        whole = (item.encode(errors="replace").decode() for item in found)
+        kept = list(dict.fromkeys(" ".join(item.split()) for item in whole))
         if len(kept) < number:
             reason = f"{len(kept)} different descriptions instead of {number}"
         elif not all(item.strip(" .") for item in kept[:number]):

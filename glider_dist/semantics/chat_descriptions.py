@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
-from glider_dist.errors import GliderError
 from glider_dist.semantics.chat import ChatModel, NoAnswer, prompt_template
 from glider_dist.semantics.settings import DescribeConfig
 
@@ -71,7 +70,7 @@ def describe_experts(
                 if stop():
                     threads.shutdown(cancel_futures=True)
                     break
-        except GliderError:
+        except BaseException:
             threads.shutdown(cancel_futures=True)
             raise
     return failed

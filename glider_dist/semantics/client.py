@@ -77,7 +77,7 @@ class RemoteEmbedder:
             base_url=base,
             headers=headers,
             timeout=httpx.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS),
-            limits=httpx.Limits(max_connections=_AT_ONCE, keepalive_expiry=30.0),
+            limits=httpx.Limits(max_connections=_AT_ONCE, max_keepalive_connections=1, keepalive_expiry=30.0),
             # A proxy of the environment has no way to this machine's loopback, and no business with a job's token.
             trust_env=not (own or is_loopback(urlsplit(base).hostname or "")),
         )
@@ -218,7 +218,8 @@ class RemoteEmbedder:
                         return {}
                     raise _Refused(response.status_code, _message(response))
                 with contextlib.suppress(ValueError):
-                    pause = max(pause, min(float(response.headers.get("retry-after", "")), 30.0))
+                    told = min(float(response.headers.get("retry-after", "")), 30.0)
+                    pause = max(pause, told * random.uniform(1.0, 1.5))
             time.sleep(pause)
         raise Unreachable(f"the embedding endpoint gave no answer within {self.settings.timeout:g} s ({reason})")
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _OF_TASK = ("task descriptions", "task definition")
+_BY_NAME = "name"
 
 
 def descriptions_of(pool: ExpertPool) -> dict[str, list[str]]:
@@ -76,11 +77,12 @@ def name_in_words(name: str) -> str:
 
 
 def run(job: Job) -> None:
-    """Describe every expert that has no description yet, and say in its card by what.
+    """Describe every expert that has no description yet or only its name, and say in its card by what.
 
     By a chat model from training examples, where ``describe.source=llm`` and the job has the expert's task; it
     also replaces what was taken from the task's own texts before. Else from the task; else from
     ``describe_file``; else from the adapter's own card, noted at import; else from the name, with a warning.
+    Descriptions that somebody wrote into a card stay.
 
     Raises:
         GliderError: an expert's task has no text, ``describe_file`` cannot be read, or the chat endpoint refuses.
@@ -91,15 +93,10 @@ def run(job: Job) -> None:
     cards = {expert.name: expert.card() for expert in pool.experts()}
     by_chat = []
     if job.cfg.describe.source == "llm":
-        improvable = (None, *_OF_TASK)
-        by_chat = [
-            by_name[name]
-            for name, card in cards.items()
-            if name in by_name and card.get("description_source") in improvable
-        ]
+        by_chat = [by_name[name] for name, card in cards.items() if name in by_name and _lacks(card, *_OF_TASK)]
     job.ranks.on_main(lambda: _by_chat(job, pool, by_chat))
     job.stop.agree(bool(by_chat) and job.stop.wished)
-    todo = [expert.name for expert in pool.experts() if not expert.card().get("descriptions")]
+    todo = [expert.name for expert in pool.experts() if _lacks(expert.card())]
     texts: dict[str, tuple[list[str], str]] = {}
     for name in todo:
         if name in by_name:
@@ -109,7 +106,8 @@ def run(job: Job) -> None:
         elif readme := cards[name].get("readme"):
             texts[name] = (list(readme), "adapter card")
         else:
-            texts[name] = ([name_in_words(name)], "name")
+            texts[name] = ([name_in_words(name)], _BY_NAME)
+    texts = {name: found for name, found in texts.items() if cards[name].get("descriptions") != found[0]}
     # All ranks have read the cards before the first is written.
     job.ranks.barrier()
     if job.ranks.is_main:
@@ -121,16 +119,21 @@ def run(job: Job) -> None:
                 len(unknown),
                 unknown[0],
             )
-        by_name_alone = [name for name, (_, source) in texts.items() if source == "name"]
+        by_name_alone = [name for name, (_, source) in texts.items() if source == _BY_NAME]
         if by_name_alone:
             log.warning(
                 "%d experts are described by their name alone, such as %s; describe_file= says more of them",
                 len(by_name_alone),
                 by_name_alone[0],
             )
-        job.run.log({"describe/experts": len(todo)})
-        log.info("described %d of %d experts by their tasks, files, cards or names", len(todo), len(pool))
+        job.run.log({"describe/experts": len(texts)})
+        log.info("described %d of %d experts by their tasks, files, cards or names", len(texts), len(pool))
     job.ranks.barrier()
+
+
+def _lacks(card: dict[str, Any], *improvable: str) -> bool:
+    """Whether an expert has no descriptions, or none but its name or of such a source."""
+    return not card.get("descriptions") or card.get("description_source") in (_BY_NAME, *improvable)
 
 
 def _by_chat(job: Job, pool: ExpertPool, tasks: list[Task]) -> None:

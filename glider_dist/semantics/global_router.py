@@ -107,6 +107,8 @@ def query_settings(job: Job) -> dict[str, Any]:
 class Ahead:
     """Similarities that a thread asks for while the model runs: batch by batch, in the order of their use.
 
+    What has not been asked for when its context ends, in whatever way, never is: the process would not end before.
+
     Args:
         batches: positions of the queries of each batch; every query belongs to one.
 
@@ -141,5 +143,8 @@ class Ahead:
             result[batch] = scores.result()
         return result
 
-    def close(self) -> None:
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)

@@ -121,7 +121,22 @@ def _incomplete(rows: Any, record: dict[str, Any], choices: tuple[str, ...]) -> 
     for row, value in enumerate(values.get(target, ())):
         if (isinstance(value, str) and not value.strip()) or (choices and value == -1):
             lacking.add(row)
+    templates = {record["input"], *({target} - set(rows.features))}
+    for row in set(range(len(rows))) - lacking:
+        given = {name: column[row] for name, column in values.items()}
+        if any(_is_blank(template, given) for template in templates):
+            lacking.add(row)
     return lacking
+
+
+def _is_blank(template: str, row: dict[str, Any]) -> bool:
+    """Whether a template gives no text for a row, or names an entry of a list that is shorter (no answer, say)."""
+    try:
+        return not template.format_map(row).strip()
+    except IndexError:
+        return True
+    except (KeyError, ValueError, AttributeError):
+        return False  # told when it is filled
 
 
 def _columns(template: str) -> set[str]:

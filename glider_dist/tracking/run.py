@@ -71,9 +71,11 @@ class Run:
 
         Args:
             config: the resolved configuration as plain dicts and lists.
-            stage: name of the W&B run.
+            stage: the W&B run's job type and, with the folder's name, its name. ``WANDB_PROJECT``, ``WANDB_NAME``,
+                ``WANDB_RUN_GROUP`` and W&B's other variables count as usual.
             mode: "offline" (records in run_dir/wandb, for ``wandb sync``), "online" or "off" (wandb is never
-                imported). A W&B that cannot start costs a warning and no more; it never asks for a login.
+                imported; so does ``WANDB_MODE=disabled``). A W&B that cannot start costs a warning and no more; it
+                never asks for a login.
             is_main: whether this is the rank that writes.
             compute: what the settings came to on this machine (device, dtype), for versions.json.
             wandb_id: tells which W&B run to continue if run_dir itself does not know; "": a new one.
@@ -146,11 +148,18 @@ class Run:
         """Close files and W&B; online, wait 120 s at most for the upload. A second call does nothing.
 
         Args:
-            state: how it ended: "done", "stopped" or "failed".
+            state: how it ended: "done", "stopped" (which W&B calls preempted) or "failed".
         """
         if self._state is not None:
             self._state.end(state, reason)
-        self._to_wandb(lambda run: run.finish())
+
+        def finish(run: Any) -> None:
+            run.summary.update({"state": state, "reason": reason})
+            if state == "stopped":
+                run.mark_preempting()
+            run.finish(exit_code=int(state != "done"))
+
+        self._to_wandb(finish)
         self._wandb = None
         if self._metrics is not None:
             self._metrics.close()
@@ -212,7 +221,7 @@ def known_wandb_id(run_dir: Path) -> str:
 def _start_wandb(
     run_dir: Path, config: Mapping[str, Any], stage: str, mode: str, elsewhere: Callable[[], str]
 ) -> Any:
-    if mode == "off":
+    if mode == "off" or os.environ.get("WANDB_MODE") == "disabled":
         return None
     try:
         import wandb
@@ -222,8 +231,9 @@ def _start_wandb(
         wandb_id = known_wandb_id(run_dir) or elsewhere() or uuid.uuid4().hex[:8]
         run = wandb.init(
             dir=str(run_dir),
-            project="glider_dist",
-            name=stage,
+            project=os.environ.get("WANDB_PROJECT") or "glider_dist",
+            name=os.environ.get("WANDB_NAME") or " ".join(dict.fromkeys((stage, run_dir.name))),
+            job_type=os.environ.get("WANDB_JOB_TYPE") or stage,
             id=wandb_id,
             resume="allow",
             mode="online" if mode == "online" else "offline",

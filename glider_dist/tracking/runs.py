@@ -13,7 +13,7 @@ from typing import Any
 from glider_dist.errors import GliderError
 from glider_dist.text_table import table
 from glider_dist.tracking.run import METRICS
-from glider_dist.tracking.state import STATE, holder
+from glider_dist.tracking.state import STATE, gone
 
 USAGE = """usage: glider-dist runs [FOLDER]        runs below FOLDER (default: runs) with state, progress and score
        glider-dist runs show RUN_DIR    one run, and the command that goes on with it
@@ -40,8 +40,13 @@ class FoundRun:
 
     @property
     def score(self) -> str:
-        """The best router's held-out score, else the latest loss, validated if there is one."""
-        numbers = {name: value for name, value in self.metrics.items() if isinstance(value, float)}
+        """The best router's held-out score (not the oracle's, which is no router to use), else the latest loss,
+        validated if there is one."""
+        numbers = {
+            name: value
+            for name, value in self.metrics.items()
+            if isinstance(value, float) and not name.startswith("evaluate/oracle/")
+        }
         for split in ("held_out", "held_in"):
             scores = {name: value for name, value in numbers.items() if name.endswith(f"/{split}")}
             if scores:
@@ -65,7 +70,9 @@ class FoundRun:
         words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
         if not words:
             return ""
-        ranks = int(self.versions.get("compute", {}).get("ranks", 1))
+        compute = self.versions.get("compute", {})
+        ranks = int(compute.get("ranks", 1))
+        on_node = int(compute.get("ranks_per_node", ranks))
         typed = shlex.join(words)
         if self.batch:
             script = Path(self.versions["command"][0]).with_name("stage.sbatch")
@@ -75,12 +82,20 @@ class FoundRun:
         elif ranks == 1:
             line = f"glider-dist {typed}"
         else:
-            line = {
-                "srun": f"srun --ntasks={ranks} python -m glider_dist {typed}",
-                "torchrun": f"torchrun --nproc_per_node {ranks} -m glider_dist {typed}",
-            }.get(str(self.versions.get("launcher")), f"deepspeed --num_gpus {ranks} --module glider_dist {typed}")
+            line = f"{_launch(str(self.versions.get('launcher')), ranks, on_node)} {typed}"
         folder = self.versions.get("folder")
         return f"cd {shlex.quote(str(folder))} && {line}" if folder else line
+
+
+def _launch(launcher: str, ranks: int, on_node: int) -> str:
+    """What starts so many ranks, so many of them on a node; HOSTS and HOST:PORT are the user's to name."""
+    several = on_node < ranks
+    if launcher == "srun":
+        return f"srun --ntasks={ranks}{f' --ntasks-per-node={on_node}' * several} python -m glider_dist"
+    if launcher == "torchrun":
+        meeting = f" --nnodes {-(-ranks // on_node)} --rdzv_backend c10d --rdzv_endpoint HOST:PORT" * several
+        return f"torchrun{meeting} --nproc_per_node {on_node} -m glider_dist"
+    return f"deepspeed{' --hostfile HOSTS' * several} --num_gpus {on_node} --module glider_dist"
 
 
 def run(arguments: Any) -> int:
@@ -119,13 +134,13 @@ def read_run(path: Path) -> FoundRun:
         raise GliderError(f"{path} is no run directory (it has no versions.json); see glider-dist runs")
     state, versions = _object(path / STATE), _object(path / "versions.json")
     name, reason = str(state.get("state", "unknown")), str(state.get("reason") or "")
-    if name == "running" and not holder(path):
-        name, reason = "killed", "its process is gone"
+    updated = float(state.get("updated") or (path / "versions.json").stat().st_mtime)
+    if name == "running" and (why := gone(path, updated)):
+        name, reason = "killed", why
     progress = state.get("progress") or {}
     share = ""
     if progress.get("total"):
         share = f"{progress['what']} {progress['done']}/{progress['total']}"
-    updated = float(state.get("updated") or (path / "versions.json").stat().st_mtime)
     stage = str(state.get("stage") or path.name)
     return FoundRun(path, stage, name, reason, updated, share, _latest(path / METRICS), versions)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from glider_dist.file_lock import is_held, locked, unlock
 STATE, LOCK = "state.json", ".running"
 IN_USE = "wait for it, end it, or set another run_dir"
 _SECONDS = 5.0
+_SILENT_S = 300.0
 _mine: dict[Path, int] = {}
 """Locks of this process. A stage that broke off here may be started here again, in a notebook, say."""
 
@@ -88,6 +90,26 @@ def check_free(run_dir: Path) -> None:
     other = holder(run_dir)
     if other and run_dir.absolute() / LOCK not in _mine:
         raise GliderError(f"run_dir {run_dir} is being written by another job ({other}); {IN_USE}")
+
+
+def gone(run_dir: Path, updated: float) -> str:
+    """Why a run that says it is running is not, in words; "" if it is.
+
+    Some file systems (Lustre with ``localflock``, BeeGFS) keep a node's locks from the others: a lock that is free
+    here says nothing of a process elsewhere there, which counts as long as it was heard of lately.
+
+    Args:
+        updated: when its state was written, Unix seconds.
+    """
+    if holder(run_dir):
+        return ""
+    try:
+        owner = (run_dir / LOCK).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        owner = ""
+    if not owner or owner.endswith(f" on {socket.gethostname()}"):
+        return "its process is gone"
+    return "" if time.time() - updated < _SILENT_S else f"nothing is heard of {owner}"
 
 
 def holder(run_dir: Path) -> str:

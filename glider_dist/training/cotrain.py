@@ -116,6 +116,7 @@ class CoTraining:
 
     def _retiring(self, trainee: Trainee, retire: Callable[[Trainee, torch.Tensor], Any]) -> Callable[[], None]:
         row = self._result(trainee)
+        trainee.release()
 
         def work() -> None:
             if not self.replicas.first:

@@ -16,7 +16,7 @@ import torch
 
 from glider_dist.errors import GliderError
 from glider_dist.job import Job
-from glider_dist.model.sites import linear_sites, peft_targets
+from glider_dist.model.sites import every_linear, linear_sites, peft_targets
 from glider_dist.parallel.replicas import Replicas
 from glider_dist.pool.adapter import (
     WEIGHTS_FILE,
@@ -77,7 +77,7 @@ def train_experts(job: Job) -> None:
             "definition": task.definition,
             "category": task.category,
             "training": {"rank": lora.rank, "alpha": lora.alpha, "base_bits": cfg.base_bits, **trainee.record()},
-            "scores": {"validation_loss": trainee.progress.best_loss} if trainee.best is not None else {},
+            "scores": {"validation_loss": trainee.progress.best_loss} if trainee.progress.best_step else {},
         }
 
         def fill(folder: Path) -> None:
@@ -108,7 +108,7 @@ def train_gates(job: Job) -> None:
     if not todo:
         return
     pool.check_base(job.fingerprint)
-    known = {name: site.shape for name, site in linear_sites(job.base.model).items()}
+    known = {name: site.shape for name, site in every_linear(job.base.model).items()}
     ranks: dict[str, int] = {}
     sites_of = {}
     for task in todo:
@@ -211,17 +211,17 @@ def _train(
             loop.optimizer.bytes_per_expert / 1e6, job.frozen.local_bytes / 1e6,
         )  # fmt: skip
     bar = progress(total=sum(t.recipe.steps for t in mine), desc=f"{kind}s on rank 0", enabled=ranks.is_main)
-    turns = 0
+    began = False
 
     def on_turn(turn: Turn) -> None:
-        nonlocal turns
+        nonlocal began
         steps = sum(trainee.progress.step for trainee in mine)
-        if not turns:
+        if not began:
             begin_at(bar, steps - len(turn.losses))
-        turns += 1
+        began = True
         bar.update(steps - bar.n)
         job.run.progress(f"{kind} steps on rank 0", steps, int(bar.total or 0))
-        job.run.log({f"{kind}/{key}": value for key, value in turn.means().items()}, turns)
+        job.run.log({f"{kind}/{key}": value for key, value in turn.means().items()}, unfinished.turn + 1)
 
     started = time.perf_counter()
     model = job.frozen.model

@@ -100,6 +100,7 @@ class Trainee:
         self.recipe = recipe
         self.progress = Progress()
         self.best: torch.Tensor | None = None
+        self._validation_examples = len(validate)
         self._order = step_indices(recipe.seed, name, len(train), recipe.batch_size, recipe.steps)
 
     @property
@@ -158,6 +159,10 @@ class Trainee:
             progress.best_step = progress.step
             self.best = row.detach().to("cpu", copy=True)
 
+    def release(self) -> None:
+        """Let weights and examples go when the expert is done; what is reported of it stays."""
+        self.best, self.train, self.validate = None, (), ()
+
     def record(self) -> dict[str, Any]:
         """What its card says about the training."""
         recipe, progress = self.recipe, self.progress
@@ -167,7 +172,7 @@ class Trainee:
             "batch_size": recipe.batch_size,
             "learning_rate": recipe.learning_rate,
             "best_step": progress.best_step,
-            "validation_examples": len(self.validate),
+            "validation_examples": self._validation_examples,
             "validation": [[step, round(loss, 6)] for step, loss in progress.validation],
             "tokens": progress.tokens,
         }

@@ -66,6 +66,7 @@ class Unfinished:
     Attributes:
         facts: by name, of every expert that this rank trains.
         replicas: who trains them with this rank; the first of them writes.
+        turn: steps of this kind of training so far, those of earlier starts included.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Unfinished:
         self.replicas = replicas
         self.interval = interval
         self.background = Background()
-        self._turn = self._saved = 0
+        self.turn = self._saved = 0
         self._last = time.monotonic()
 
     @property
@@ -86,11 +87,11 @@ class Unfinished:
     def due(self) -> bool:
         """Ask after every turn. Raises GliderError if an earlier save has failed."""
         self.background.check()
-        self._turn += 1
+        self.turn += 1
         if not self.replicas.first:
             return False
         late = time.monotonic() - self._last >= 60 * self.interval.minutes
-        return (late or self._turn - self._saved >= self.interval.steps) and not self.background.busy
+        return (late or self.turn - self._saved >= self.interval.steps) and not self.background.busy
 
     def save(
         self,
@@ -105,7 +106,7 @@ class Unfinished:
         beside = {trainee.name: [slot, trainee.progress.step] for slot, trainee in active.items()}
         writes = [self._write(slot, trainee, beside, slots, optimizer) for slot, trainee in sorted(active.items())]
         self.background.submit(*writes, *then)
-        self._saved, self._last = self._turn, time.monotonic()
+        self._saved, self._last = self.turn, time.monotonic()
 
     def _write(
         self, slot: int, trainee: Trainee, beside: dict[str, list[int]], slots: Slots, optimizer: StackedAdamW
@@ -125,7 +126,7 @@ class Unfinished:
             # Serialised now: the lists in it go on growing.
             "progress": json.dumps(asdict(trainee.progress)),
             "place": self._place,
-            "turn": self._turn,
+            "turn": self.turn,
             "beside": beside,
         }
         return lambda: self.files.write(trainee.name, step, tensors, record)
@@ -149,7 +150,8 @@ class Unfinished:
     def choose(self, slots: int) -> dict[str, tuple[int, int | None]]:
         """The step at which each expert goes on, and its slot if it is to have a certain one.
 
-        If these ranks of a job with as many saved experts side by side, these; else each its newest good file.
+        If these ranks of a job with as many saved experts side by side, and no other job since, these; else each
+        its newest good file.
         """
         good: dict[tuple[str, int], bool] = {}
 
@@ -158,7 +160,8 @@ class Unfinished:
                 good[name, step] = self._good(name, step)
             return good[name, step]
 
-        sets = []
+        sets: list[tuple[int, list[Any]]] = []
+        here, elsewhere = [0], [0]
         chosen: dict[str, tuple[int, int | None]] = {}
         for name in self.facts:
             steps = [step for step in self.files.steps(name) if is_good(name, step)]
@@ -167,12 +170,14 @@ class Unfinished:
             elif self.files.steps(name):
                 log.warning("no checkpoint of %s is good; its training starts anew", name)
             for record in (self.files.record(name, step) for step in steps):
+                (here if record["place"] == self._place else elsewhere).append(record["turn"])
                 beside = {other: place for other, place in record["beside"].items() if other in self.facts}
                 if record["place"] == self._place and all(is_good(other, at) for other, (_, at) in beside.items()):
                     sets.append((record["turn"], sorted(beside.items())))
-        if sets:
-            self._turn, latest = max(sets)
-            self._saved = self._turn
+        # Turns go on counting whoever counted before, so that a later save has the larger number on any ranks.
+        self.turn = self._saved = max(here + elsewhere)
+        if sets and (newest := max(sets))[0] > max(elsewhere):
+            _, latest = newest
             chosen |= {name: (step, slot if slot < slots else None) for name, (slot, step) in latest}
         return chosen
 

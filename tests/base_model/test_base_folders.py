@@ -108,6 +108,18 @@ def test_a_hub_id_is_taken_from_the_cache_and_without_network_refused_in_one_sen
     assert refused.startswith("no network and no cached copy of 'someone/absent'; pass base=FOLDER")
 
 
+def test_a_download_that_breaks_off_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("peer closed connection\nwithout sending the complete message body")
+
+    monkeypatch.setattr(base_module, "hf_hub_download", lambda *_: None)
+    monkeypatch.setattr(base_module, "snapshot_download", broken)
+    with pytest.raises(
+        GliderError, match=r"^'some/model' broke off while it was fetched \(peer closed connection\)"
+    ):
+        base_module.fetch_base("some/model")
+
+
 def test_an_asked_for_dtype_is_obeyed_and_an_unknown_one_refused() -> None:
     assert choose_dtype("bfloat16", CPU) == (torch.bfloat16, "bfloat16: asked for")
     with pytest.raises(GliderError, match="dtype is 'float8'"):

@@ -23,6 +23,7 @@ from typing import Any
 from glider_dist.config import Config
 from glider_dist.errors import GliderError
 from glider_dist.model.cache import cache_dir
+from glider_dist.parallel.launch import open_many_files
 from glider_dist.parallel.stopping import SIGNALS
 from glider_dist.semantics.cache_file import CacheFile
 from glider_dist.semantics.embedder import Embedder, batch_tokens
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _BODY_SECONDS = 30.0
 _DRAIN_SECONDS = 15
-_CONNECTIONS = 1024
+_MOST_CONNECTIONS, _OTHER_FILES = 1 << 16, 128
 
 
 def run(cfg: Config) -> int:
@@ -95,7 +96,9 @@ def run(cfg: Config) -> int:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_CONNECTIONS,
+            # It counts connections, idle ones too, of which each rank of a job keeps some.
+            limit_concurrency=min(_MOST_CONNECTIONS, max(open_many_files() - _OTHER_FILES, _OTHER_FILES)),
+            backlog=4096,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=_DRAIN_SECONDS,
         )
