@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from glider_dist.training.deepspeed_moe import MOMENTS
 from glider_dist.training.joint_keep import JointKeeper
 from glider_dist.training.joint_loop import Progress
 from glider_dist.training.joint_params import Trained
+from glider_dist.training.joint_state import gather_state
 
 NAMES = ("one", "two")
 
@@ -36,16 +39,16 @@ class Engine:
         self.kept[key, moment] = value
 
 
-def keeper(folder: Path) -> JointKeeper:
-    """Of a new process."""
+def keeper(folder: Path, rank: int = 0) -> JointKeeper:
+    """Of a new process; of a replica, if not of rank 0."""
     eligible = torch.ones(2, dtype=torch.bool)
     bank = SiteBank(torch.zeros(2, 8, 3), torch.zeros(2, 8, 4), torch.ones(2), eligible, (4, 8))
     context: Any = SimpleNamespace(names=NAMES, banks={"q": bank}, gates={"q": torch.zeros(2, 3)}, dispatch=None)
     trained = Trained(context, range(2), [], True, True)
     job: Any = SimpleNamespace(
         cfg=SimpleNamespace(train=TrainConfig()),
-        mesh=None,
-        ranks=ALONE,
+        mesh=SimpleNamespace(rank=rank, replica_ranks=(0, 1)),
+        ranks=replace(ALONE, rank=rank),
         checkpoints=lambda part, keep: Checkpoints(folder / part, keep),
     )
     loop: Any = SimpleNamespace(progress=Progress(), extras=SimpleNamespace(loads={}))
@@ -111,3 +114,26 @@ def test_files_without_a_common_step_are_told_of_and_go_with_the_first_save(
     assert kept.experts.steps("one") == [100]
     save(kept, 120)
     assert [kept.experts.steps(name) for name in NAMES] == [[120], [120]]
+
+
+def test_a_replica_takes_part_in_saving_and_keeps_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first, replica = keeper(tmp_path), keeper(tmp_path, rank=1)
+    asked: dict[JointKeeper, list[Any]] = {first: [], replica: []}
+    for kept, keys in asked.items():
+        full = kept.engine.full
+
+        def noted(*key: Any, full: Any = full, keys: list[Any] = keys) -> torch.Tensor:
+            keys.append(key)
+            return full(*key)
+
+        monkeypatch.setattr(kept.engine, "full", noted)
+        kept.restore()
+        kept.loop.progress.step = 5
+        found = gather_state(kept.engine, kept.trained, moments=False, keep=kept.writes)
+        assert found.keys() == (set(NAMES) if kept is first else set())
+        kept.save(found)
+        kept.wait()
+    assert asked[replica] == asked[first] != []
+    assert first.restore() == {name: {"q.A": ANY, "q.B": ANY, "q.gate": ANY} for name in NAMES}
+    assert replica.restore() == {}
+    assert first.loop.progress.step == replica.loop.progress.step == 5

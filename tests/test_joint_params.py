@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from glider_dist.config import Config
 from glider_dist.lora.bank import SiteBank
 from glider_dist.model.attach import attach_pool, context_of
-from glider_dist.planning.joint import staying_elements
+from glider_dist.planning.joint import staying_elements, written_elements
 from glider_dist.planning.target import Target
 from glider_dist.testing import LocalRanks, random_pool
 from glider_dist.training.joint_params import Trained
@@ -58,7 +58,11 @@ def test_beside_what_trains_memory_has_what_the_plan_says(
     del experts, gates
     found = live_bytes() - before - sum(value.nbytes for value in values.values())
     cfg = Config(base=str(base), pool=str(pool.path), joint=JointConfig(train=what, experts=chosen))
-    assert found == pytest.approx(4 * staying_elements(Target(cfg, 1)), abs=3000)
+    target = Target(cfg, 1)
+    assert found == pytest.approx(4 * staying_elements(target), abs=3000)
+    engine: Any = SimpleNamespace(full=lambda key, moment: values[key].detach())
+    state = gather_state(engine, trained, moments=False)
+    assert sum(value.numel() for part in state.values() for value in part.values()) == written_elements(target)
 
 
 def seconds_to_gather(count: int) -> float:

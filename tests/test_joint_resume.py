@@ -174,3 +174,12 @@ def test_settings_that_change_no_weight_neither_block_a_resume_nor_repeat_a_trai
     assert outcome.code == 0, outcome.err
     assert "done already" in outcome.err
     assert largest_difference(trained, adapters(folder / "pool")) == 0.0
+
+
+def test_the_multitask_baseline_trains_on_two_ranks_of_which_one_has_its_weights(
+    folder: Path, base: Path, local_ranks: Callable[[int], LocalRanks]
+) -> None:
+    changes = {"pool": folder / "multitask", "joint__multitask": True, "train__max_steps": 8}
+    given = words(folder, base, zero_stage=2, **changes)
+    assert local_ranks(2).run(work.stage, "train-joint", given) == ["done"] * 2
+    assert ExpertPool.open(folder / "multitask").names == ("multitask",)

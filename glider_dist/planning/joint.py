@@ -65,7 +65,13 @@ def plan_joint(target: Target) -> StagePlan:
         "activations, logits": cost.peak,
         "reserve (estimated)": target.reserve,
     }
-    plan.host = {**target.loading_bytes(), "index of descriptions": target.index_bytes()}
+    written = _FP32 * written_elements(target)
+    plan.host = {
+        **target.loading_bytes(),
+        "weights and moments, while saved": 3 * written,
+        "best weights, and better ones": 2 * written,
+        "index of descriptions": target.index_bytes(),
+    }
     moved, moving = sharded_traffic(target, backward=True)
     exchanging = 0.0
     plan.estimates = {
@@ -102,6 +108,13 @@ def trained_elements(target: Target) -> tuple[int, int]:
     share = len(joint.experts) / len(target.experts.names) if joint.experts else 1.0
     own = min(experts, round(share * experts * target.expert_parallel))
     return (0 if joint.train == "gates" else own), (0 if joint.train == "experts" else round(share * gates))
+
+
+def written_elements(target: Target) -> int:
+    """Of those that train, the ones of the experts that a rank owns, which the first of its replicas copies to the
+    host: of gates, each rank trains all and writes those of its experts."""
+    experts, gates = trained_elements(target)
+    return experts + min(gates, _elements(target)[1] * target.most_owned // len(target.experts.names))
 
 
 def staying_elements(target: Target) -> int:

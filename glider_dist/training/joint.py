@@ -106,23 +106,21 @@ def _multitask(job: Job) -> None:
         if job.ranks.is_main:
             log.info("the pool has the expert %r already", joint_multitask.NAME)
     else:
+        _ = job.fingerprint  # for which all ranks load the base, but rank 0 alone makes the pool
         job.create_pool()
         with job.ranks.together(lambda: _hold_pool(job)):
             if not joint_multitask.check_pool(job):
                 result = train_multitask(job)
-                weights = result.weights[joint_multitask.NAME]
-                job.ranks.on_main(lambda: joint_multitask.store(job, weights, result.card))
+                job.ranks.on_main(lambda: joint_multitask.store(job, result.weights, result.card))
     job.ranks.on_main(lambda: forget(job))
 
 
 def _store(job: Job, pool: ExpertPool, result: Result, note: Callable[[], None]) -> None:
-    """Each expert is written by the first rank that owns it; when all are there, rank 0 calls ``note`` and moves
+    """Each expert is written by the rank that has its weights; when all are there, rank 0 calls ``note`` and moves
     them into place."""
-    mesh = job.mesh
-    first = mesh is None or mesh.rank == mesh.replica_ranks[0]
 
     def write() -> None:
-        for name, tensors in result.weights.items() if first else ():
+        for name, tensors in result.weights.items():
             try:
                 write_version(pool, name, tensors, result.card)
             except OSError as error:

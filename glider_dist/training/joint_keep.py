@@ -37,6 +37,9 @@ class JointKeeper:
 
     Args:
         facts: what the training depends on, and the world not.
+
+    Attributes:
+        writes: whether this rank writes the experts that it owns; of replicas, which own the same, the first does.
     """
 
     def __init__(self, job: Job, engine: ExpertEngine, trained: Trained, loop: JointLoop, facts: Facts):
@@ -49,14 +52,14 @@ class JointKeeper:
         self.stopped = False
         self._steps, self._seconds = train.save_steps, 60 * train.save_minutes
         self._last = (0, time.monotonic())
-        self._writes = job.mesh is None or job.mesh.rank == job.mesh.replica_ranks[0]
+        self.writes = job.mesh is None or job.mesh.rank == job.mesh.replica_ranks[0]
         self._given_up_after: int | None = 0
 
     def restore(self) -> dict[str, Tensors] | None:
         """Go on after the newest step of which all files are good, if there is any.
 
         Returns:
-            The best weights so far of the experts that this rank owns, or None.
+            The best weights so far of the experts that this rank writes, or None.
 
         Raises:
             GliderError: on all ranks, if what the training depends on has changed.
@@ -67,7 +70,11 @@ class JointKeeper:
         shared = self.shared.read(_JOB, step)
         self.job.ranks.on_main(lambda: self._check(step, shared.record["facts"]))
         own = {self.trained.names[expert] for expert in self.trained.own}
-        kept = {name: self.experts.read(name, step).tensors for name in own}
+
+        def of_use(key: str) -> bool:
+            return self.writes or not key.startswith(_BEST)
+
+        kept = {name: self.experts.some(name, step, of_use) for name in own}
         # Of the others' experts every rank needs the gates; their owners have checked the files.
         rest = [self.trained.names[expert] for expert in self.trained.chosen]
         kept |= {name: self.experts.some(name, step, is_gate) for name in rest if name not in own}
@@ -80,7 +87,7 @@ class JointKeeper:
         self._last = (step, time.monotonic())
         if self.job.ranks.is_main:
             log.info("joint training goes on after step %d", step)
-        best = {name: _with_prefix(kept[name], _BEST) for name in own}
+        best = {name: _with_prefix(kept[name], _BEST) for name in (own if self.writes else ())}
         return best if shared.record["best"] else None
 
     def _newest(self) -> int:
@@ -139,12 +146,10 @@ class JointKeeper:
         self.wait()
         self._remove_given_up()
         step = self.loop.progress.step
-        state = gather_state(self.engine, self.trained)
         writes: list[Callable[[], Any]] = []
-        if self._writes:
-            for name, tensors in state.items():
-                more = {f"{_BEST}{key}": value for key, value in (best or {}).get(name, {}).items()}
-                writes.append(partial(self.experts.write, name, step, {**tensors, **more}, {"step": step}))
+        for name, tensors in gather_state(self.engine, self.trained, keep=self.writes).items():
+            more = {f"{_BEST}{key}": value for key, value in (best or {}).get(name, {}).items()}
+            writes.append(partial(self.experts.write, name, step, {**tensors, **more}, {"step": step}))
         if self.job.ranks.is_main:
             loads = {site: load.detach().to("cpu", copy=True) for site, load in self.loop.extras.loads.items()}
             progress = dataclasses.asdict(self.loop.progress)
@@ -163,7 +168,7 @@ class JointKeeper:
         would push out. They are gone before any rank writes, lest one be taken for a file of a new save."""
         if self._given_up_after is None:
             return
-        names = [self.trained.names[expert] for expert in self.trained.own] if self._writes else []
+        names = [self.trained.names[expert] for expert in self.trained.own] if self.writes else []
         files = [(self.experts, name) for name in names] + [(self.shared, _JOB)] * self.job.ranks.is_main
         self.background.submit(*(partial(each.remove_later, name, self._given_up_after) for each, name in files))
         self.wait()

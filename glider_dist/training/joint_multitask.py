@@ -63,8 +63,9 @@ def scope(model: Any, rows: Sequence[Row]) -> Any:
     return assign_experts(model, torch.zeros(max(1, len(rows)), dtype=torch.int64))
 
 
-def store(job: Job, tensors: Tensors, card: dict[str, Any]) -> None:
-    """Add the expert to the pool; on one rank."""
+def store(job: Job, found: dict[str, Tensors], card: dict[str, Any]) -> None:
+    """Add the expert to the pool; on the rank that has its weights."""
+    tensors = found[NAME]
     lora = job.cfg.lora
     chosen = linear_sites(job.base.model, lora.targets)
     weights = {site: (tensors[f"{site}.A"], tensors[f"{site}.B"].t()) for site in chosen}

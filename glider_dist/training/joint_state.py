@@ -15,22 +15,27 @@ from glider_dist.training.deepspeed_moe import MOMENTS, ExpertEngine
 from glider_dist.training.joint_params import Tensors, Trained
 
 
-def gather_state(engine: ExpertEngine, trained: Trained, moments: bool = True) -> dict[str, Tensors]:
+def gather_state(
+    engine: ExpertEngine, trained: Trained, moments: bool = True, keep: bool = True
+) -> dict[str, Tensors]:
     """The trained experts that this rank owns, by name; a collective.
 
     The ranks of an expert-parallel group together have all of them, once; replicas have the same.
 
     Args:
         moments: with AdamW's moments.
+        keep: whether this rank has a use for them; where not, it takes part for the others and gets none.
 
     Returns:
         ``{expert: {name: tensor}}`` on the CPU, in the training dtype; no tensor shares memory with another.
     """
-    found: dict[str, Tensors] = {trained.names[expert]: {} for expert in trained.own}
+    own = trained.own if keep else ()
+    found: dict[str, Tensors] = {trained.names[expert]: {} for expert in own}
     for key in (*trained.experts, *trained.gates):
         for moment in (None, *MOMENTS) if moments else (None,):
-            whole = engine.full(key, moment).cpu()
-            for expert in trained.own:
+            whole = engine.full(key, moment)
+            whole = whole.cpu() if own else whole
+            for expert in own:
                 if (part := trained.part(key, expert, whole)) is not None:
                     name = key if moment is None else f"{key}.{moment}"
                     found[trained.names[expert]][name] = part.clone()

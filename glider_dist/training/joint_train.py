@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """The best weights of the experts that this rank owns, and what their cards say of the training."""
+    """The best weights of the experts that this rank writes, and what their cards say of the training."""
 
     weights: dict[str, Tensors]
     card: dict[str, Any]
@@ -122,7 +122,7 @@ def _train(
         if step.number % recipe.eval_every == 0 or step.number == recipe.steps:
             _tell(job, loop, loop.validate(validation))
             if loop.progress.best[0] == step.number:
-                best = gather_state(engine, trained, moments=False)
+                best = gather_state(engine, trained, moments=False, keep=keeper.writes)
         job.run.progress("steps", step.number, recipe.steps)
         return keeper.after_step(best)
 
