@@ -7,10 +7,16 @@ from typing import Any
 
 import peft
 import pytest
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    PreTrainedModel,
+)
 
-from glider_dist.model.sites import linear_sites
-from glider_dist.testing import tiny_causal, tiny_encoder_decoder, tiny_qwen, tiny_seq2seq
+from glider_dist.model.sites import every_linear, language_model, linear_sites
+from glider_dist.testing import tiny_causal, tiny_encoder_decoder, tiny_opt, tiny_qwen, tiny_seq2seq
 
 
 def all_linear(model: PreTrainedModel, task_type: str) -> set[str]:
@@ -38,6 +44,16 @@ def test_poolers_and_what_computes_the_vocabulary_are_no_sites() -> None:
     left_out = all_linear(tiny_encoder_decoder(), "SEQ_2_SEQ_LM") - set(sites)
     assert left_out == {"encoder.pooler.dense", "decoder.cls.predictions.transform.dense"}
     assert "decoder.bert.encoder.layer.1.crossattention.self.query" in sites
+
+
+def test_tokens_are_found_where_they_run_whatever_a_model_calls_its_decoder() -> None:
+    small: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": 64}
+    named_so = ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**small, intermediate_size=16, pad_token_id=0))
+    assert named_so.get_decoder() is named_so.get_output_embeddings()
+    assert language_model(named_so) is named_so.model
+    assert set(linear_sites(named_so)) == set(every_linear(named_so)) != set()
+    opt = tiny_opt()
+    assert language_model(opt) is opt.model.decoder
 
 
 def test_a_classification_head_is_no_site() -> None:
