@@ -205,8 +205,9 @@ class Job:
 
     def create_pool(self) -> ExpertPool:
         """Open the pool, or make it for this base; safe when all ranks do it at once."""
-        pool = self.ranks.made_on_main(lambda: ExpertPool.create(self.pool_path, self.cfg.base, self.fingerprint))
-        pool.check_base(self.fingerprint)
+        mine = self.fingerprint  # for which all ranks load the base
+        pool = self.ranks.made_on_main(lambda: ExpertPool.create(self.pool_path, self.cfg.base, mine))
+        pool.check_base(mine)
         return pool
 
     @contextmanager

@@ -106,7 +106,6 @@ def _multitask(job: Job) -> None:
         if job.ranks.is_main:
             log.info("the pool has the expert %r already", joint_multitask.NAME)
     else:
-        _ = job.fingerprint  # for which all ranks load the base, but rank 0 alone makes the pool
         job.create_pool()
         with job.ranks.together(lambda: _hold_pool(job)):
             if not joint_multitask.check_pool(job):
