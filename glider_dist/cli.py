@@ -10,6 +10,7 @@ import errno
 import importlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -84,7 +85,9 @@ def parse(argv: Sequence[str]) -> Arguments:
     flags = iter(words)
     for word in flags:
         name, _, value = word.partition("=")
-        if word in ("--help", "-h"):
+        if word == "--":  # what follows is text, whatever it looks like
+            arguments.words.append(" ".join(flags))
+        elif word in ("--help", "-h"):
             arguments.help = True
         elif word == "--fresh":
             arguments.fresh = True
@@ -95,11 +98,11 @@ def parse(argv: Sequence[str]) -> Arguments:
             if not value.isdigit() or int(value) < 1:
                 raise GliderError(f"--ranks needs a number of processes, not {value!r}")
             arguments.ranks = int(value)
-        elif word.startswith("-"):
+        elif word.startswith("-") and " " not in name:
             raise GliderError(f"unknown flag {word}; the flags are --ranks N, --fresh, --dry-run and --help")
         elif not arguments.command:
             arguments.command = word
-        elif word.endswith((".yaml", ".yml")) and arguments.file is None and "=" not in word:
+        elif word.endswith((".yaml", ".yml")) and arguments.file is None and "=" not in word and _is_file(word):
             arguments.file = Path(word)
         elif "=" in word and word.split("=")[0].replace("_", "").replace(".", "").isalnum() and " " not in name:
             arguments.overrides.append(word)
@@ -110,16 +113,27 @@ def parse(argv: Sequence[str]) -> Arguments:
     return arguments
 
 
+def _is_file(word: str) -> bool:
+    """Whether a word that ends like a configuration file is one: a text may end so, too."""
+    return " " not in word or Path(word).exists()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``glider-dist`` and ``python -m glider_dist``; returns the exit code."""
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except GliderError as error:
         mistake = str(error)
     except Stopped:
         return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Who read the output has closed it, as head does; what is still to come goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         # A collective breaks when another rank leaves it because of a mistake, which that rank has told.
         if told_elsewhere():

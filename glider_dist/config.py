@@ -15,6 +15,7 @@ from glider_dist.fields import finite as _finite
 from glider_dist.fields import not_negative as _not_negative
 from glider_dist.fields import positive as _positive
 from glider_dist.fields import setting as _setting
+from glider_dist.fields import share as _share
 from glider_dist.planning.plan_settings import PlanConfig
 from glider_dist.planning.slurm_settings import SlurmConfig
 from glider_dist.semantics.settings import DescribeConfig, ServiceConfig
@@ -129,7 +130,7 @@ class RouterConfig:
     )  # fmt: skip
     local: str = _setting("gate", "local score of glider; arrow and lag need no gates", ("gate", "arrow", "lag"))
     top_k: int = _positive(2, "experts per token")
-    top_p: float | None = _setting(None, "if set, replaces top_k: keep the smallest set with this probability")
+    top_p: float | None = _share(None, "if set, replaces top_k: keep the smallest set with this probability")
     top_p_max: int = _positive(8, "experts per token at most under top_p")
     alpha_in: float | None = _finite(None, "weight of the global score when some expert describes the query")
     alpha_out: float | None = _finite(None, "weight of the global score otherwise")
@@ -140,7 +141,7 @@ class RouterConfig:
         [],
         "arrow and lag: general-knowledge experts; their mean is subtracted from the others, none is routed to",
     )
-    merge_density: float = _setting(0.5, "share of the weights that ties and dare keep")
+    merge_density: float = _share(0.5, "share of the weights that ties and dare keep")
     merge_seed: int = _setting(0, "seed of the weights that dare drops")
     shortlist: int | None = _positive(
         None, "consider only the M globally nearest experts of each query, whatever the router scores; None: all"

@@ -15,6 +15,7 @@ _MUST_BE: dict[str, Callable[[float], bool]] = {
     "finite and not negative": lambda value: 0 <= value < math.inf,
     "finite": math.isfinite,
     "a port, 0 to 65535": lambda value: 0 <= value <= 65535,
+    "more than 0 and at most 1": lambda value: 0 < value <= 1,
 }
 
 
@@ -31,11 +32,21 @@ not_negative = partial(setting, must_be="finite and not negative")
 finite = partial(setting, must_be="finite")
 
 
+share = partial(setting, must_be="more than 0 and at most 1")
+
+
 def check_numbers(config: Any, prefix: str = "") -> None:
+    """Raises GliderError for the first number that is none, or not as its field says."""
     for item in fields(config):
         value, key = getattr(config, item.name), prefix + item.name
         if is_dataclass(value):
             check_numbers(value, f"{key}.")
         rule = item.metadata.get("must_be")
-        if rule is not None and value is not None and not _MUST_BE[rule](value):
+        if rule is None or value is None:
+            continue
+        # A file's types are checked as it is read; in Python anything can be given.
+        whole = str(item.type).startswith("int")
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            raise GliderError(f"{key} is {value!r}, but must be a {'whole ' * whole}number")
+        if not _MUST_BE[rule](value):
             raise GliderError(f"{key} is {value}, but must be {rule}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,33 @@ def test_another_router_of_an_attached_model_takes_the_pools_calibration(
         # Arrow's scores are on another scale than the gates', by which these alphas were chosen.
         gd.set_router(base, RouterConfig(local="arrow", temperature=0.5))
     assert "was made for the local scores ['gate', 1.0], this router has ['arrow', 0.5]" in caplog.text
+
+
+def test_a_pool_attached_in_inference_mode_can_be_trained_through_later(tmp_path):
+    pool = random_pool(tmp_path / "pool", tiny_causal(), experts=2)
+    model = tiny_causal().requires_grad_(False)
+    with torch.inference_mode():
+        gd.attach_pool(model, pool, gd.RouterConfig(kind="phatgoose"))
+    banks = context_of(model).banks
+    for bank in banks.values():
+        bank.A.requires_grad_()
+    model(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    assert all(bank.A.grad is not None for bank in banks.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"temperature": 0.0}, "router.temperature is 0.0, but must be positive and finite"),
+        ({"top_k": 0}, "router.top_k is 0, but must be positive"),
+        ({"top_k": 2.5}, "router.top_k is 2.5, but must be a whole number"),
+        ({"top_k": "2"}, "router.top_k is '2', but must be a whole number"),
+        ({"top_p": 1.5}, "router.top_p is 1.5, but must be more than 0 and at most 1"),
+        ({"merge_density": 3}, "router.merge_density is 3, but must be more than 0"),
+    ],
+)
+def test_a_number_that_a_router_cannot_have_is_refused_in_python_too(wrong, said, tmp_path):
+    pool = random_pool(tmp_path / "pool", tiny_causal(), experts=2)
+    model: Any = gd.attach_pool(tiny_causal(), pool)
+    with pytest.raises(gd.GliderError, match=re.escape(said)):
+        gd.set_router(model, gd.RouterConfig(**{"kind": "arrow", **wrong}))

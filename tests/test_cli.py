@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -181,7 +182,8 @@ def test_the_record_of_a_run_begins_with_the_base_its_dtype_and_its_device(tmp_p
     # The run directory is opened last here, when the table is written.
     assert f"base {base} on cpu, float32: asked for" in (tmp_path / "run" / "log.txt").read_text()
     compute = json.loads((tmp_path / "run" / "versions.json").read_text())["compute"]
-    assert compute == {"device": "cpu", "dtype": "float32", "dtype_reason": "float32: asked for", "ranks": 1}
+    alone = {"ranks": 1, "ranks_per_node": 1}
+    assert compute == {"device": "cpu", "dtype": "float32", "dtype_reason": "float32: asked for", **alone}
 
 
 def test_a_text_is_answered_where_no_run_can_be_recorded(tmp_path: Path) -> None:
@@ -239,3 +241,36 @@ def test_a_damaged_row_of_an_earlier_evaluation_is_made_again(damage: str | None
     row.write_text(damage if damage is not None else json.dumps({"key": whole["key"]}))
     assert command("evaluate", *words).code == first.code == 0
     assert json.loads(row.read_text())["result"]["queries"] == whole["result"]["queries"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["Explain docker-compose.yml"], "Explain docker-compose.yml"),
+        (["-5 plus 3?"], "-5 plus 3?"),
+        (["seed=3", "--", "x=3"], "x=3"),
+        (["--", "-h", "help"], "-h help"),
+    ],
+)
+def test_a_text_may_look_like_a_file_a_flag_or_a_setting(words: list[str], text: str) -> None:
+    found = parse(["predict", *words])
+    assert (found.text, found.file, found.help) == (text, None, False)
+
+
+def test_a_configuration_file_may_have_a_blank_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "my job.yaml").write_text("seed: 3\n")
+    assert parse(["evaluate", str(tmp_path / "my job.yaml")]).file == tmp_path / "my job.yaml"
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    code = "import sys; from glider_dist.cli import main; sys.exit(main(['evaluate', '--help']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert "Traceback" not in said
+    assert process.wait() == 141

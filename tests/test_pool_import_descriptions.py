@@ -33,6 +33,9 @@ CARDS = {
     "---\n: : broken\n  yaml\n---\nIt turns English sentences into SQL queries.\n": [
         "It turns English sentences into SQL queries."
     ],
+    "# Environmental Impact\n\nCarbon emissions can be estimated using the [Machine Learning Impact calculator]"
+    "(https://mlco2.github.io/impact#compute) presented in [Lacoste et al. (2019)](https://arxiv.org/abs/1910.09700)."
+    "\n": None,
     "": None,
 }
 
@@ -86,3 +89,20 @@ def test_a_card_that_came_with_an_exported_expert_is_kept(tmp_path: Path, base: 
     card = json.loads((tmp_path / "second" / "experts" / "x" / CARD_FILE).read_text())
     assert card["descriptions"] == ["It does x."]
     assert card["scores"] == {"validation_loss": 1.25}
+
+
+def test_a_file_takes_the_place_of_a_card_and_a_template_is_no_description(tmp_path: Path) -> None:
+    pool = random_pool(tmp_path / "pool", tiny_causal(), experts=["a", "b", "c", "d"])
+    stock = "Carbon emissions can be estimated using the Machine Learning Impact calculator."
+    for name, text, source in (
+        ("a", "From its card.", "adapter card"), ("b", "From its card.", "adapter card"),
+        ("c", stock, "adapter card"), ("d", "By hand.", None),
+    ):  # fmt: skip
+        pool.expert(name).update_card(descriptions=[text], description_source=source, readme=[text])
+    (tmp_path / "texts.txt").write_text("a: It counts.\nd: It is not asked.\n")
+    words = [f"pool={pool.path}", f"run_dir={tmp_path / 'run'}", "device=cpu", "tracking=off", "tasks.limit=2"]
+    outcome = command("describe", *words, f"describe_file={tmp_path / 'texts.txt'}")
+    assert outcome.code == 0, outcome.err
+    assert {expert.name: expert.card()["descriptions"] for expert in pool.experts()} == {
+        "a": ["It counts."], "b": ["From its card."], "c": ["c"], "d": ["By hand."],
+    }  # fmt: skip

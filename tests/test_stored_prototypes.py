@@ -145,3 +145,26 @@ def test_missing_or_foreign_activations_are_refused_and_the_model_stays_bare(tmp
     with pytest.raises(gd.GliderError, match="other weights"):
         gd.attach_pool(model, pool, router)
     gd.attach_pool(model, pool, gd.RouterConfig(kind="arrow"))
+
+
+def test_what_is_attached_is_cached_as_itself_though_the_pool_has_changed_before_the_first_forward(tmp_path):
+    pool = random_pool(tmp_path / "pool", tiny_causal(), experts=3, gates=False)
+    router = gd.RouterConfig(kind="arrow")
+    attached = gd.attach_pool(tiny_causal(), pool, router)
+    other = random_pool(tmp_path / "other", tiny_causal(), experts=1, gates=False, seed=9).expert("expert_0")
+    now = gd.ExpertPool.open(pool.path)
+    now.remove("expert_1")
+    now.add("expert_1", adapter=other.folder)
+    logits_of(attached)
+    changed = logits_of(gd.attach_pool(tiny_causal(), now, router))
+    for path in cache_of(now):
+        path.unlink()
+    assert torch.equal(logits_of(gd.attach_pool(tiny_causal(), now, router)), changed)
+
+
+def test_activations_of_a_pool_that_has_changed_are_refused_in_one_sentence(tmp_path):
+    pool = random_pool(tmp_path / "pool", tiny_causal(), experts=3, gates=False)
+    attached = gd.attach_pool(tiny_causal(), pool, gd.RouterConfig(kind="arrow"))
+    gd.ExpertPool.open(pool.path).remove("expert_2")
+    with pytest.raises(gd.GliderError, match="has changed since it was attached"):
+        gd.set_router(attached, gd.RouterConfig(kind="average_activation"))

@@ -17,7 +17,7 @@ from glider_dist.model.context import RoutingContext
 from glider_dist.model.loading import load_banks, load_part
 from glider_dist.model.routed import RoutedLinear, routed_layers
 from glider_dist.model.sites import device_of, fingerprint, linear_sites
-from glider_dist.model.stored import cached_arrow_prototypes, read_activations
+from glider_dist.model.stored import cached_arrow_prototypes, read_activations, weights_hashes
 from glider_dist.parallel.cost import Costs
 from glider_dist.parallel.dispatch import DISPATCHES, Dispatch
 from glider_dist.parallel.guards import check_replicas, check_same_pool
@@ -33,6 +33,7 @@ _CONTEXT = "_glider_context"
 CACHE_BYTES = 1 << 30
 
 
+@torch.inference_mode(False)  # else only forwards in inference mode could use what is loaded here
 def attach_pool(
     model: nn.Module,
     pool: ExpertPool,
@@ -89,13 +90,14 @@ def attach_pool(
     device = device_of(model)
     dtype = dtype or _float_dtype(model)
     if mesh is None or mesh.expert_parallel == 1:
+        hashes = weights_hashes(pool)
         banks, gates = load_banks(model, pool, dtype, with_gates=not missing)
         banks = {site: bank.to(device, dtype) for site, bank in banks.items()}
         gates = {site: gate.to(device) for site, gate in gates.items()}
         context = install(model, pool.names, banks, gates)
         context.prototypes.stored = {
-            "arrow": partial(cached_arrow_prototypes, pool, banks),
-            "activation": partial(read_activations, pool, {site: banks[site] for site in routed_layers(model)}),
+            "arrow": partial(cached_arrow_prototypes, pool.router_dir, hashes, banks),
+            "activation": partial(read_activations, pool, hashes, {s: banks[s] for s in routed_layers(model)}),
         }
     else:
         check_dispatch(dispatch, router)
@@ -172,6 +174,7 @@ def _install_part(
 ) -> RoutingContext:
     """Load the experts that this rank owns, and install the way to the others."""
     check_same_pool(mesh, pool, placement)
+    hashes = weights_hashes(pool, placement.owned(mesh.expert_rank))
     part = load_part(model, pool, dtype, with_gates, mesh, placement)
     banks = {site: bank.to(device, dtype) for site, bank in part.banks.items()}
     check_replicas(mesh, placement, banks)
@@ -183,8 +186,7 @@ def _install_part(
     gates = {site: gate.to(device) for site, gate in part.gates.items()}
     eligible = {site: mask.to(device) for site, mask in part.eligible.items()}
     context = install(model, pool.names, banks, gates, made, eligible)
-    owned = placement.owned(mesh.expert_rank)
-    arrow = partial(cached_arrow_prototypes, pool, banks, owned)
+    arrow = partial(cached_arrow_prototypes, pool.router_dir, hashes, banks)
     context.prototypes.stored = {"arrow": lambda: gather_rows(arrow(), mesh, placement)}
     return context
 

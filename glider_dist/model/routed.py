@@ -46,6 +46,7 @@ class RoutedLinear(nn.Module):
             state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    @torch.compiler.disable  # it looks at the running batch, so that each layer would be compiled again and again
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
         context: RoutingContext = self.__dict__["context"]

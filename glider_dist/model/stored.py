@@ -28,25 +28,30 @@ log = logging.getLogger(__name__)
 ACTIVATION_FILE = "activation.safetensors"
 
 
+def weights_hashes(pool: ExpertPool, owned: Sequence[int] | None = None) -> list[str]:
+    """The sha256 of the weights of the pool's experts, or of these, as they are now."""
+    experts = pool.experts()
+    return [_weights_hash(experts[index]) for index in (range(len(experts)) if owned is None else owned)]
+
+
 def cached_arrow_prototypes(
-    pool: ExpertPool, banks: dict[str, SiteBank], owned: Sequence[int] | None = None
+    folder: Path, hashes: Sequence[str], banks: dict[str, SiteBank]
 ) -> dict[str, torch.Tensor]:
-    """Arrow's prototypes of all experts: read from ``router/prototypes/arrow``, and written there where missing.
+    """Arrow's prototypes of experts: read from ``folder/prototypes/arrow``, and written there where missing.
 
     One file per expert, named by the sha256 of its weights and by the dtype that the prototypes were made from, so
     that another adapter has another file. Files that nobody asks for stay where they are. A pool that cannot be
     written to serves as well.
 
     Args:
-        owned: the pool's experts that the banks hold; None is all.
+        folder: the pool's ``router``.
+        hashes: of the weights that the banks hold; those on disk may have changed since.
 
     Returns:
         ``{site: [E, d]}`` of these experts on their device.
     """
-    names = pool.names if owned is None else [pool.names[index] for index in owned]
-    folder = pool.router_dir / "prototypes" / "arrow"
     kind = str(next(iter(banks.values())).A.dtype).removeprefix("torch.")
-    paths = [folder / f"{_weights_hash(expert)}-{kind}.safetensors" for expert in map(pool.expert, names)]
+    paths = [folder / "prototypes" / "arrow" / f"{found}-{kind}.safetensors" for found in hashes]
     found = [_read(path, banks, index) for index, path in enumerate(paths)]
     missing = [index for index, tensors in enumerate(found) if tensors is None]
     made = {}
@@ -58,7 +63,7 @@ def cached_arrow_prototypes(
         try:
             write_tensors(paths[index], found[index] or {})
         except OSError as error:
-            log.debug("the prototypes of %s are not cached: %s", names[index], error)
+            log.debug("prototypes are not cached: %s", error)
     result = {}
     for site, bank in banks.items():
         zero = torch.zeros(bank.A.shape[2])
@@ -104,12 +109,21 @@ def activations_made_from(expert: Expert) -> str | None:
     return metadata.get("made_from") if metadata.get("adapter") == _weights_hash(expert) else None
 
 
-def read_activations(pool: ExpertPool, banks: dict[str, SiteBank]) -> dict[str, torch.Tensor]:
+def read_activations(
+    pool: ExpertPool, hashes: Sequence[str], banks: dict[str, SiteBank]
+) -> dict[str, torch.Tensor]:
     """The mean inputs of all experts; ``{site: [E, d_in]}`` fp32, 0 where an expert does not adapt the site.
 
+    Args:
+        hashes: of the weights that the banks hold.
+
     Raises:
-        GliderError: an expert has none, or they were made with other weights or for other sites.
+        GliderError: an expert has none, they were made with other weights or for other sites, or the pool has
+            changed since the banks were read.
     """
+    # Anew, as it is on disk: an open pool remembers its experts' names.
+    if weights_hashes(ExpertPool.open(pool.path)) != list(hashes):
+        raise GliderError(f"pool {pool.path} has changed since it was attached; detach it and attach it again")
     result = {site: torch.zeros(bank.A.shape[0], bank.A.shape[2]) for site, bank in banks.items()}
     for index, expert in enumerate(pool.experts()):
         path = expert.folder / ACTIVATION_FILE

@@ -40,7 +40,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         if config.get(key):
             raise GliderError(f"{path}: {key} is set and cannot be routed: {reason}")
     if (config.get("bias") or "none") != "none" or config.get("lora_bias"):
-        raise GliderError(f"{path}: trained biases cannot be routed; train the adapter with bias='none'")
+        how = "lora_bias=False" if config.get("lora_bias") else "bias='none'"
+        raise GliderError(f"{path}: trained biases cannot be routed; train the adapter with {how}")
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise GliderError(

@@ -20,6 +20,7 @@ import torch
 
 from glider_dist.config import RouterConfig
 from glider_dist.errors import GliderError
+from glider_dist.fields import check_numbers
 from glider_dist.routing.local import Inputs, arrow_scores, gate_scores
 from glider_dist.routing.route import Route, top_k_route, top_p_route
 
@@ -118,8 +119,9 @@ def needs_scores(config: RouterConfig) -> bool:
 
 
 def check_router(config: RouterConfig, num_experts: int) -> Strategy:
-    """Raises GliderError if the strategy is unknown or asks for more experts than there are."""
+    """Raises GliderError if the strategy is unknown, a number is out of bounds, or there are too few experts."""
     strategy = strategy_of(config)
+    check_numbers(config, "router.")
     if strategy.static is not None:
         return strategy
     general = len(config.general) if strategy.by_weights else 0

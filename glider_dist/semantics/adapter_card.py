@@ -27,6 +27,7 @@ _BOILERPLATE = (
     "the following `bitsandbytes`",
     "users (both direct and downstream)",
     "training procedure",
+    "carbon emissions can be estimated",
 )
 # Tags that name the tools and not the task.
 _TOOL_TAGS = re.compile(
@@ -34,6 +35,12 @@ _TOOL_TAGS = re.compile(
     r"text-generation|text-generation-inference|endpoints_compatible|llama-factory|autotrain|hf_jobs|"
     r"[\w\-]+:.*|arxiv.*)"
 )
+
+
+def is_boilerplate(text: str) -> bool:
+    """Whether it is of a template, and says nothing of the adapter."""
+    lower = text.lower()
+    return any(part in lower for part in _BOILERPLATE)
 
 
 def card_description(folder: Path) -> list[str]:
@@ -88,8 +95,7 @@ def _first_prose(body: str) -> str:
             if line and not re.match(r"(?:#|\||[-*+]\s|\d+\.\s|!\[|\[!\[|<|>|=+$|-+$)", line)
         ]
         prose = _plain(" ".join(kept))
-        lower = prose.lower()
-        if len(prose.split()) >= 4 and not any(part in lower for part in _BOILERPLATE):
+        if len(prose.split()) >= 4 and not is_boilerplate(prose):
             return _shortened(prose)
     return ""
 

@@ -11,6 +11,7 @@ from glider_dist.errors import GliderError
 from glider_dist.pool import ExpertPool
 from glider_dist.pool.adapter import CARD_FILE
 from glider_dist.pool.files import read_text
+from glider_dist.semantics.adapter_card import is_boilerplate
 
 if TYPE_CHECKING:
     from glider_dist.job import Job
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _OF_TASK = ("task descriptions", "task definition")
-_BY_NAME = "name"
+_BY_NAME, _BY_CARD, _BY_FILE = "name", "adapter card", "file"
 
 
 def descriptions_of(pool: ExpertPool) -> dict[str, list[str]]:
@@ -82,6 +83,7 @@ def run(job: Job) -> None:
     By a chat model from training examples, where ``describe.source=llm`` and the job has the expert's task; it
     also replaces what was taken from the task's own texts before. Else from the task; else from
     ``describe_file``; else from the adapter's own card, noted at import; else from the name, with a warning.
+    ``describe_file`` also takes the place of what came from an adapter's card or from an earlier file.
     Descriptions that somebody wrote into a card stay.
 
     Raises:
@@ -96,15 +98,19 @@ def run(job: Job) -> None:
         by_chat = [by_name[name] for name, card in cards.items() if name in by_name and _lacks(card, *_OF_TASK)]
     job.ranks.on_main(lambda: _by_chat(job, pool, by_chat))
     job.stop.agree(bool(by_chat) and job.stop.wished)
-    todo = [expert.name for expert in pool.experts() if _lacks(expert.card())]
+    todo = []
+    for expert in pool.experts():
+        replaceable = (_BY_CARD, _BY_FILE) if expert.name in from_file else ()
+        if _lacks(expert.card(), *replaceable):
+            todo.append(expert.name)
     texts: dict[str, tuple[list[str], str]] = {}
     for name in todo:
         if name in by_name:
             texts[name] = describe_task(by_name[name])
         elif name in from_file:
-            texts[name] = (from_file[name], "file")
-        elif readme := cards[name].get("readme"):
-            texts[name] = (list(readme), "adapter card")
+            texts[name] = (from_file[name], _BY_FILE)
+        elif readme := [text for text in cards[name].get("readme") or [] if not is_boilerplate(text)]:
+            texts[name] = (readme, _BY_CARD)
         else:
             texts[name] = ([name_in_words(name)], _BY_NAME)
     texts = {name: found for name, found in texts.items() if cards[name].get("descriptions") != found[0]}
@@ -132,8 +138,10 @@ def run(job: Job) -> None:
 
 
 def _lacks(card: dict[str, Any], *improvable: str) -> bool:
-    """Whether an expert has no descriptions, or none but its name or of such a source."""
-    return not card.get("descriptions") or card.get("description_source") in (_BY_NAME, *improvable)
+    """Whether an expert has no descriptions, or none but its name, a template's or of such a source."""
+    texts, source = card.get("descriptions"), card.get("description_source")
+    stock = source == _BY_CARD and any(map(is_boilerplate, texts or ()))
+    return not texts or stock or source in (_BY_NAME, *improvable)
 
 
 def _by_chat(job: Job, pool: ExpertPool, tasks: list[Task]) -> None:
