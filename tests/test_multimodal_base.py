@@ -135,3 +135,18 @@ def test_stages_train_and_serve_experts_over_it(tmp_path: Path) -> None:
     pool = ExpertPool.open(tmp_path / "pool")
     assert all(set(expert.shapes()) == set(linear_sites(tiny_gemma())) for expert in pool.experts())
     gd.attach_pool(tiny_gemma(), pool, gd.RouterConfig(kind="average_activation"))
+
+
+def test_gates_are_trained_for_an_adapter_of_the_vision_tower_too(
+    published: tuple[Path, Any], tmp_path: Path
+) -> None:
+    write_tasks(tmp_path / "tasks", held_in=("copy",), held_out=())
+    base = save_tiny_base(tmp_path / "base", tiny_gemma())
+    pool = ExpertPool.create(tmp_path / "pool", base=str(base), fingerprint=fingerprint(tiny_gemma()))
+    pool.add("copy", adapter=published[0])
+    with cores(1):
+        outcome = command("train-gates", *settings(tmp_path, base=base, train__gate_steps=2))
+    assert outcome.code == 0, outcome.err
+    gate = pool.expert("copy").gate()
+    assert set(gate) == set(pool.expert("copy").shapes())
+    assert {site for site, vector in gate.items() if vector.any()} == set(linear_sites(tiny_gemma()))

@@ -16,7 +16,7 @@ from glider_dist.lora.bank import SiteBank
 from glider_dist.model.context import RoutingContext
 from glider_dist.model.loading import load_banks, load_part
 from glider_dist.model.routed import RoutedLinear, routed_layers
-from glider_dist.model.sites import device_of, fingerprint, linear_sites
+from glider_dist.model.sites import device_of, every_linear, fingerprint, linear_sites
 from glider_dist.model.stored import cached_arrow_prototypes, read_activations, weights_hashes
 from glider_dist.parallel.cost import Costs
 from glider_dist.parallel.dispatch import DISPATCHES, Dispatch
@@ -65,10 +65,9 @@ def attach_pool(
 
     Raises:
         GliderError: the pool was made for another base, is empty or damaged, lacks gates that the router needs,
-            adapts a layer that the model lacks or with another shape, adapts none that can be found in the model,
-            or the model already has a pool;
-            ``dispatch`` is unknown or cannot reach the experts, or the router is refused as by
-            :func:`set_router`. With a mesh also: a rank sees another pool or placement than rank 0, replicas
+            adapts a layer that the model lacks or with another shape, adapts no layer that tokens pass, or the
+            model already has a pool; ``dispatch`` is unknown or cannot reach the experts, or the router is refused
+            as by :func:`set_router`. With a mesh also: a rank sees another pool or placement than rank 0, replicas
             differ, a rank cannot read its experts, or the placement is for another number of ranks. The model
             is then as it was.
     """
@@ -144,18 +143,19 @@ def install(
         eligible: ``{site: [E] bool}`` which of all experts adapt the site; by default what the banks say.
     """
     context = RoutingContext(model, names, banks, gates, dispatch, eligible)
-    sites = linear_sites(model)
-    away = [name for name in banks if name not in sites]
+    known, passed = every_linear(model), linear_sites(model)
+    away = [name for name in banks if name not in passed]
     if away:
         log.warning(
             "%d of the %d layers that the experts adapt lie outside the language model, such as %s: what they "
             "compute belongs to no query, so that the base alone serves there", len(away), len(banks), away[0],
         )  # fmt: skip
-    for name in (name for name in banks if name in sites):
+    for name in banks:
         parent, _, leaf = name.rpartition(".")
-        module = sites[name].module
-        routed = RoutedLinear(module, name, context.stacks.stack_of(module), context)
-        setattr(model.get_submodule(parent), leaf, routed)
+        module = known[name].module
+        if name in passed:
+            routed = RoutedLinear(module, name, context.stacks.stack_of(module), context)
+            setattr(model.get_submodule(parent), leaf, routed)
     model.__dict__[_CONTEXT] = context
     return context
 
