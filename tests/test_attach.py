@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_jobs import describe_and_index
 from torch import nn
@@ -173,3 +174,35 @@ def test_a_number_that_a_router_cannot_have_is_refused_in_python_too(wrong, said
     model: Any = gd.attach_pool(tiny_causal(), pool)
     with pytest.raises(gd.GliderError, match=re.escape(said)):
         gd.set_router(model, gd.RouterConfig(**{"kind": "arrow", **wrong}))
+
+
+def test_a_wrapped_model_is_refused_with_what_to_unwrap(pool):
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module):
+            super().__init__()
+            self.module = module
+
+    adapted: Any = tiny_causal()
+    adapted._hf_peft_config_loaded = True  # as transformers' add_adapter leaves it
+    for wrapped in (
+        Wrapper(tiny_causal()),
+        get_peft_model(tiny_causal(), LoraConfig(target_modules=["q_proj"])),
+        adapted,
+    ):
+        with pytest.raises(GliderError, match="attach the pool to the bare model"):
+            gd.attach_pool(wrapped, pool)
+
+
+def test_scores_and_experts_of_another_kind_are_told_before_the_forward(base, pool):
+    model: Any = gd.attach_pool(base, pool)
+    ids = torch.tensor([[3, 4, 5]])
+    with gd.query_scores(model, [[0.1, 0.5, float("-inf")]]):
+        assert model(input_ids=ids).logits.isfinite().all()
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(GliderError, match="NaN or infinity"), gd.query_scores(model, [[0.1, wrong, 0.2]]):
+            pass
+    with gd.assign_experts(model, [2]):
+        model(input_ids=ids)
+    for odd in (torch.tensor(1), torch.tensor([[1]]), torch.tensor([1.0])):
+        with pytest.raises(GliderError, match=r"must be int64 \[batch\]"), gd.assign_experts(model, odd):
+            pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -16,7 +17,7 @@ from glider_dist.lora.bank import SiteBank
 from glider_dist.model.context import RoutingContext
 from glider_dist.model.loading import load_banks, load_part
 from glider_dist.model.routed import RoutedLinear, routed_layers
-from glider_dist.model.sites import device_of, every_linear, fingerprint, linear_sites
+from glider_dist.model.sites import check_bare, device_of, every_linear, fingerprint, linear_sites
 from glider_dist.model.stored import cached_arrow_prototypes, read_activations, weights_hashes
 from glider_dist.parallel.cost import Costs
 from glider_dist.parallel.dispatch import DISPATCHES, Dispatch
@@ -85,6 +86,7 @@ def attach_pool(
         )
     if dispatch not in DISPATCHES:
         raise GliderError(f"dispatch={dispatch!r} is unknown; choose one of {', '.join(DISPATCHES)}")
+    check_bare(model)
     pool.check_base(fingerprint(model))
     device = device_of(model)
     dtype = dtype or _float_dtype(model)
@@ -259,10 +261,13 @@ def query_scores(model: nn.Module, similarity: torch.Tensor) -> Iterator[None]:
             expert for a query. In generation with beams, one row per query, not per beam.
 
     Raises:
-        GliderError: the model has no pool, or there are not E columns; in the forward, the batch's rows are no
-            multiple of the queries.
+        GliderError: the model has no pool, there are not E columns, or a number is NaN or infinite (looked at only
+            in the CPU's memory); in the forward, the batch's rows are no multiple of the queries.
     """
     context = context_of(model)
+    similarity = torch.as_tensor(similarity)
+    if similarity.device.type == "cpu" and not bool((similarity < math.inf).all()):
+        raise GliderError("similarity holds NaN or infinity; only -inf, which excludes an expert, has a meaning")
     with context.scores(similarity.to(device_of(model), non_blocking=True)):
         yield
 
@@ -279,6 +284,9 @@ def assign_experts(model: nn.Module, expert_ids: torch.Tensor) -> Iterator[None]
             multiple of the queries.
     """
     context = context_of(model)
+    expert_ids = torch.as_tensor(expert_ids)
+    if expert_ids.ndim != 1 or expert_ids.is_floating_point():
+        raise GliderError(f"expert_ids must be int64 [batch], but are {expert_ids.dtype} {list(expert_ids.shape)}")
     experts = expert_ids.tolist()
     if any(not 0 <= index < len(context.names) for index in experts):
         raise GliderError(f"expert ids must lie in [0, {len(context.names)}), but are {experts}")

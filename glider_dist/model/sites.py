@@ -104,6 +104,16 @@ def peft_targets(chosen: dict[str, Site], model: nn.Module) -> list[str]:
     return target_modules(chosen, (name for name, _ in model.named_modules()), whole=True)
 
 
+def check_bare(model: nn.Module) -> None:
+    """Raises GliderError if it is no bare model: the names of a wrapper's layers are not those of the base."""
+    wrapped = isinstance(getattr(model, "module", None), nn.Module) and not isinstance(model, PreTrainedModel)
+    if wrapped or hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise GliderError(
+            f"this {type(model).__name__} wraps a model or holds PEFT adapters; attach the pool to the bare model "
+            "(model.module, model.unload())"
+        )
+
+
 def fingerprint(model: nn.Module, weights: str | None = None) -> Fingerprint:
     """The base's fingerprint: model type, every linear layer's shape, and the weights' hash if known."""
     config: Any = getattr(model, "config", None)
