@@ -1,4 +1,5 @@
-"""The least that ``gather`` could take: its three collectives and its products, planned and packed beforehand."""
+"""The least that ``gather`` could take: its three collectives, its products, planned and packed beforehand, and
+the memory of the owner's gradient, which optimizers want whole."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from glider_dist.routing.route import Route
 def gather_floor(
     x_Td: torch.Tensor, route: Route, rank: int, mesh: Mesh, placement: Placement
 ) -> Callable[[], None]:
-    """Forward and backward of one site of equal widths without any decision, plan, packing or sum at the owner.
+    """Forward and backward of one site of equal widths without any decision, plan, packing or sum at the owner: of
+    the gradient of its experts only the zeros are written, which a dispatcher of any kind has to.
 
     Args:
         rank: LoRA rank of the experts.
@@ -34,7 +36,7 @@ def gather_floor(
     arriving, leaving = torch.zeros(sum(receive)), torch.zeros(sum(send))
     numbers = torch.zeros(8 * ranks + len(placement.names), dtype=torch.uint8)
     everyone = [torch.zeros_like(numbers) for _ in range(ranks)]
-    count = len(used)
+    count, owned = len(used), len(placement.owned(me))
     bank = SiteBank(
         torch.randn(count, rank, width).requires_grad_(),
         torch.randn(count, rank, width).requires_grad_(),
@@ -49,5 +51,6 @@ def gather_floor(
         rows = row_outputs(x_Td, bank, plan, plan.token)
         torch.zeros(x_Td.shape[0], width).index_add_(0, plan.token, rows).sum().backward()
         dist.all_to_all_single(leaving, arriving, send, receive, group=mesh.expert_group)
+        torch.zeros(owned, 2, rank, width)
 
     return step
