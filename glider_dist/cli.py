@@ -10,6 +10,7 @@ import errno
 import importlib
 import logging
 import os
+import select
 import signal
 import sys
 import warnings
@@ -79,15 +80,17 @@ def parse(argv: Sequence[str]) -> Arguments:
     Raises:
         GliderError: an unknown command or flag, or a stray argument.
     """
+    given = list(argv)
+    end = given.index("--") if "--" in given else len(given)
+    # What follows is text, whatever it looks like.
+    text = [" ".join(given[end + 1 :])] if end < len(given) else []
     # The deepspeed launcher inserts --local_rank=N before the command; the environment says the same.
-    words = [word for word in argv if not word.startswith("--local_rank") and not word.startswith("--local-rank")]
+    words = [word for word in given[:end] if not word.startswith(("--local_rank", "--local-rank"))]
     arguments = Arguments("")
     flags = iter(words)
     for word in flags:
         name, _, value = word.partition("=")
-        if word == "--":  # what follows is text, whatever it looks like
-            arguments.words.append(" ".join(flags))
-        elif word in ("--help", "-h"):
+        if word in ("--help", "-h"):
             arguments.help = True
         elif word == "--fresh":
             arguments.fresh = True
@@ -110,19 +113,23 @@ def parse(argv: Sequence[str]) -> Arguments:
             arguments.words.append(word)
         else:
             raise GliderError(f"{word!r} is neither a configuration file nor key=value")
+    if text and arguments.words:
+        raise GliderError(f"{arguments.words[0]!r} stands before -- and {text[0]!r} behind it; give one text")
+    arguments.words += text
     return arguments
 
 
 def _is_file(word: str) -> bool:
     """Whether a word that ends like a configuration file is one: a text may end so, too."""
-    return " " not in word or Path(word).exists()
+    return " " not in word or os.path.exists(word)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``glider-dist`` and ``python -m glider_dist``; returns the exit code."""
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except GliderError as error:
         mistake = str(error)
@@ -130,11 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Who read the output has closed it, as head does; what is still to come goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 128 + signal.SIGPIPE
         # A collective breaks when another rank leaves it because of a mistake, which that rank has told.
         if told_elsewhere():
             return 2
@@ -148,6 +153,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
     # Here, where the error's frames, which hold the connections to the other ranks, are gone.
     return tell(mistake)
+
+
+def _reader_is_gone() -> bool:
+    """Whether who read the output has closed it, as head does; what is still to come goes nowhere then."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if not watch.poll(0):  # errors are told unasked
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _main(argv: list[str]) -> int:

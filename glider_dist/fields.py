@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import field, fields, is_dataclass
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 from glider_dist.errors import GliderError
@@ -46,7 +47,7 @@ def check_numbers(config: Any, prefix: str = "") -> None:
             continue
         # A file's types are checked as it is read; in Python anything can be given.
         whole = str(item.type).startswith("int")
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
             raise GliderError(f"{key} is {value!r}, but must be a {'whole ' * whole}number")
-        if not _MUST_BE[rule](value):
+        if not _MUST_BE[rule](float(value)):
             raise GliderError(f"{key} is {value}, but must be {rule}")

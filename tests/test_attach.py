@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -206,3 +207,7 @@ def test_scores_and_experts_of_another_kind_are_told_before_the_forward(base, po
     for odd in (torch.tensor(1), torch.tensor([[1]]), torch.tensor([1.0])):
         with pytest.raises(GliderError, match=r"must be int64 \[batch\]"), gd.assign_experts(model, odd):
             pass
+
+
+def test_numbers_of_numpy_are_numbers(base, pool):
+    gd.attach_pool(base, pool, gd.RouterConfig(kind="phatgoose", top_k=np.int64(2)))

@@ -55,6 +55,8 @@ def test_a_wrong_flag_is_refused(words: list[str]) -> None:
 
 
 def test_two_texts_are_refused() -> None:
+    with pytest.raises(GliderError, match="'one' stands before -- and 'two' behind it"):
+        parse(["predict", "one", "--", "two"])
     with pytest.raises(GliderError, match="'another text'"):
         parse(["predict", "one text", "another text"])
 
@@ -250,6 +252,8 @@ def test_a_damaged_row_of_an_earlier_evaluation_is_made_again(damage: str | None
         (["-5 plus 3?"], "-5 plus 3?"),
         (["seed=3", "--", "x=3"], "x=3"),
         (["--", "-h", "help"], "-h help"),
+        (["--", "--local_rank is a flag"], "--local_rank is a flag"),
+        ([f"{'long ' * 100}.yaml"], f"{'long ' * 100}.yaml"),
     ],
 )
 def test_a_text_may_look_like_a_file_a_flag_or_a_setting(words: list[str], text: str) -> None:

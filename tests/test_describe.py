@@ -293,11 +293,13 @@ def test_a_name_makes_way_for_a_description_and_one_written_by_hand_stays(
     pool = ExpertPool.open(tmp_path / "pool")
     pool.expert("copy").update_card(descriptions=["By hand."])
     pool.expert("upper").update_card(descriptions=["upper"], description_source="name")
+    pool.expert("stranger_thing").update_card(descriptions=["It is told."], description_source="name")
     endpoint.replies = [good("By a model.")]
     assert command(*job).code == 0
     assert {name: card["descriptions"] for name, card in cards(tmp_path).items()} == {
-        "copy": ["By hand."], "upper": ["By a model."], "stranger_thing": ["stranger thing"],
+        "copy": ["By hand."], "upper": ["By a model."], "stranger_thing": ["It is told."],
     }  # fmt: skip
+    pool.expert("stranger_thing").update_card(descriptions=["stranger thing"])
     (tmp_path / "file.txt").write_text("stranger_thing: It is strange.\n")
     assert command(*job, f"describe_file={tmp_path / 'file.txt'}").code == 0
     assert cards(tmp_path)["stranger_thing"]["descriptions"] == ["It is strange."]

@@ -102,6 +102,8 @@ def test_the_score_is_the_best_routers_and_not_the_oracles(tmp_path):
     scores = {"evaluate/oracle/held_out": 0.9, "evaluate/glider/held_out": 0.4, "evaluate/base/held_out": 0.1}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(scores) + "\n")
     assert read_run(tmp_path).score == "glider/held_out 0.400"
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"evaluate/oracle/held_out": 0.9}) + "\n")
+    assert read_run(tmp_path).score == "oracle/held_out 0.900"
 
 
 @pytest.mark.jobs

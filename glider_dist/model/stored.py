@@ -29,9 +29,16 @@ ACTIVATION_FILE = "activation.safetensors"
 
 
 def weights_hashes(pool: ExpertPool, owned: Sequence[int] | None = None) -> list[str]:
-    """The sha256 of the weights of the pool's experts, or of these, as they are now."""
+    """The sha256 of the weights of the pool's experts, or of these, as they are now; "" where they cannot be read,
+    of which whoever loads them tells."""
     experts = pool.experts()
-    return [_weights_hash(experts[index]) for index in (range(len(experts)) if owned is None else owned)]
+    found = []
+    for index in range(len(experts)) if owned is None else owned:
+        try:
+            found.append(_weights_hash(experts[index]))
+        except (OSError, GliderError):
+            found.append("")
+    return found
 
 
 def cached_arrow_prototypes(
@@ -45,14 +52,14 @@ def cached_arrow_prototypes(
 
     Args:
         folder: the pool's ``router``.
-        hashes: of the weights that the banks hold; those on disk may have changed since.
+        hashes: of the weights that the banks hold; those on disk may have changed since. "": not known.
 
     Returns:
         ``{site: [E, d]}`` of these experts on their device.
     """
     kind = str(next(iter(banks.values())).A.dtype).removeprefix("torch.")
     paths = [folder / "prototypes" / "arrow" / f"{found}-{kind}.safetensors" for found in hashes]
-    found = [_read(path, banks, index) for index, path in enumerate(paths)]
+    found = [_read(path, banks, index) if hashes[index] else None for index, path in enumerate(paths)]
     missing = [index for index, tensors in enumerate(found) if tensors is None]
     made = {}
     for site, bank in banks.items():
@@ -60,6 +67,8 @@ def cached_arrow_prototypes(
             made[site] = arrow_prototypes(bank.A[missing], bank.B[missing].transpose(1, 2))
     for place, index in enumerate(missing):
         found[index] = {site: made[site][place] for site, bank in banks.items() if bank.ranks[index]}
+        if not hashes[index]:
+            continue
         try:
             write_tensors(paths[index], found[index] or {})
         except OSError as error:

@@ -95,13 +95,15 @@ def run(job: Job) -> None:
     cards = {expert.name: expert.card() for expert in pool.experts()}
     by_chat = []
     if job.cfg.describe.source == "llm":
-        by_chat = [by_name[name] for name, card in cards.items() if name in by_name and _lacks(card, *_OF_TASK)]
+        by_chat = [
+            by_name[name] for name, card in cards.items() if name in by_name and _lacks(name, card, *_OF_TASK)
+        ]
     job.ranks.on_main(lambda: _by_chat(job, pool, by_chat))
     job.stop.agree(bool(by_chat) and job.stop.wished)
     todo = []
     for expert in pool.experts():
         replaceable = (_BY_CARD, _BY_FILE) if expert.name in from_file else ()
-        if _lacks(expert.card(), *replaceable):
+        if _lacks(expert.name, expert.card(), *replaceable):
             todo.append(expert.name)
     texts: dict[str, tuple[list[str], str]] = {}
     for name in todo:
@@ -137,11 +139,12 @@ def run(job: Job) -> None:
     job.ranks.barrier()
 
 
-def _lacks(card: dict[str, Any], *improvable: str) -> bool:
+def _lacks(name: str, card: dict[str, Any], *improvable: str) -> bool:
     """Whether an expert has no descriptions, or none but its name, a template's or of such a source."""
     texts, source = card.get("descriptions"), card.get("description_source")
+    named = source == _BY_NAME and texts == [name_in_words(name)]
     stock = source == _BY_CARD and any(map(is_boilerplate, texts or ()))
-    return not texts or stock or source in (_BY_NAME, *improvable)
+    return not texts or named or stock or source in improvable
 
 
 def _by_chat(job: Job, pool: ExpertPool, tasks: list[Task]) -> None:

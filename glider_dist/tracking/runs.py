@@ -40,15 +40,12 @@ class FoundRun:
 
     @property
     def score(self) -> str:
-        """The best router's held-out score (not the oracle's, which is no router to use), else the latest loss,
-        validated if there is one."""
-        numbers = {
-            name: value
-            for name, value in self.metrics.items()
-            if isinstance(value, float) and not name.startswith("evaluate/oracle/")
-        }
+        """The best router's held-out score (the oracle's, which is no router to use, only if there is no other),
+        else the latest loss, validated if there is one."""
+        numbers = {name: value for name, value in self.metrics.items() if isinstance(value, float)}
         for split in ("held_out", "held_in"):
             scores = {name: value for name, value in numbers.items() if name.endswith(f"/{split}")}
+            scores = {name: score for name, score in scores.items() if "/oracle/" not in name} or scores
             if scores:
                 best = max(scores, key=lambda name: scores[name])
                 return f"{best.removeprefix('evaluate/')} {scores[best]:.3f}"

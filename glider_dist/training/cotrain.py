@@ -111,12 +111,12 @@ class CoTraining:
             for each in work:
                 each()
         for slot in done:
-            del self._active[slot]
+            # Not before the save, which has its best weights for a start that comes before the pool has them.
+            self._active.pop(slot).release()
         return stop
 
     def _retiring(self, trainee: Trainee, retire: Callable[[Trainee, torch.Tensor], Any]) -> Callable[[], None]:
         row = self._result(trainee)
-        trainee.release()
 
         def work() -> None:
             if not self.replicas.first:
@@ -159,6 +159,7 @@ class CoTraining:
             # Its job ended between its last step and the pool. No replica has its file still to read.
             self._largest(0)
             self._retiring(trainee, retire)()
+            trainee.release()
         else:
             self._active[slot] = trainee
 
