@@ -32,7 +32,6 @@ from glider_dist.model.attach import detach, set_router
 from glider_dist.pool.calibration import CALIBRATION_FILE, calibrated_files, made_for, stored_calibration
 from glider_dist.pool.files import digest_of, sha256, write_json
 from glider_dist.routing.strategies import PUBLISHED, local_scores, strategy_of
-from glider_dist.semantics.describe import descriptions_of
 from glider_dist.semantics.global_router import global_router, query_settings
 from glider_dist.semantics.index import FILE
 from glider_dist.tracking.progress import progress
@@ -68,7 +67,7 @@ def run(job: Job) -> None:
     pool.check_base(job.fingerprint)
     queries = make_queries(tasks, "validation", cfg.calibrate.queries, job.collator, pool.names)
     if job.ranks.is_main:
-        warn_of_descriptions(queries, descriptions_of(pool))
+        warn_of_descriptions(queries, router.descriptions)
     # Queries times experts is much for one rank: each has its own queries alone, with their experts and without.
     share = list(range(job.ranks.rank, len(queries), job.ranks.world))
     mine = [*share, *(len(queries) + i for i in share)]

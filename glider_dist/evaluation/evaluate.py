@@ -28,7 +28,6 @@ from glider_dist.pool import ExpertPool
 from glider_dist.pool.calibration import stored_calibration
 from glider_dist.pool.files import digest_of, read_json, sha256, write_json
 from glider_dist.routing.strategies import check_router, check_shared, needs_scores, strategy_of
-from glider_dist.semantics.describe import descriptions_of
 from glider_dist.semantics.global_router import global_router, query_settings
 from glider_dist.semantics.index import FILE
 from glider_dist.tracking.progress import progress
@@ -109,7 +108,7 @@ def _run_rows(job: Job, pool: ExpertPool, queries: list[Query], todo: list[str],
     needs_gates = any(strategy_of(router).local == "gate" for router in routers)
     router = global_router(job, pool) if needs_index else None
     if router is not None and job.ranks.is_main:
-        warn_of_descriptions(queries, descriptions_of(pool))
+        warn_of_descriptions(queries, router.descriptions)
     first = dataclasses.replace(job.cfg.router, kind="phatgoose" if needs_gates else "base")
     model = job.attach(pool, first)
     try:

@@ -61,13 +61,13 @@ def warn_of_descriptions(queries: Sequence[Query], descriptions: Mapping[str, Se
         descriptions: ``{expert: sentences}`` in the pool's order.
     """
     of_expert = list(descriptions.values())
-    owned = [query for query in queries if query.owner is not None]
-    same = [query for query in owned if query.instruction in of_expert[query.owner or 0]]
+    owned = [(query.instruction, query.owner) for query in queries if query.owner is not None]
+    same = [text for text, owner in owned if text in of_expert[owner]]
     if same:
         log.warning(
             "%d of %d held-in queries are word for word a description of their own expert (%r, say): global "
             "scores then tell that a sentence is known, not what it means; give the tasks query_instructions",
-            len(same), len(owned), same[0].instruction[:60],
+            len(same), len(owned), same[0][:60],
         )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ class GlobalRouter:
         describer: writes the descriptions of queries; None embeds the queries themselves.
 
     Attributes:
+        descriptions: ``{expert: sentences}`` in the pool's order.
         seconds: time spent so far on descriptions, embeddings and scores.
 
     Raises:
@@ -42,8 +43,8 @@ class GlobalRouter:
         settings: IndexSettings | None = None,
         describer: QueryDescriber | None = None,
     ):
-        self._descriptions = descriptions_of(pool)
-        self.index = load_index(pool.router_dir / FILE, pool.names, self._descriptions)
+        self.descriptions = descriptions_of(pool)
+        self.index = load_index(pool.router_dir / FILE, pool.names, self.descriptions)
         if self.index.embedder != embedder.name:
             raise GliderError(
                 f"the index was made with embedder {self.index.embedder!r}, this run uses {embedder.name!r}; "
@@ -84,7 +85,7 @@ class GlobalRouter:
 
     def check_embedder(self) -> None:
         """Raises GliderError if the embedder is not the model that made the index; see ``check_model``."""
-        texts = [text for texts in self._descriptions.values() for text in texts]
+        texts = [text for texts in self.descriptions.values() for text in texts]
         prefixed = [self.index.description_prefix + text for text in texts]
         check_model(self.index, self.embedder, prefixed, self.index.embeddings)
 

@@ -71,8 +71,8 @@ class Run:
 
         Args:
             config: the resolved configuration as plain dicts and lists.
-            stage: the W&B run's job type and, with the folder's name, its name. ``WANDB_PROJECT``, ``WANDB_NAME``,
-                ``WANDB_RUN_GROUP`` and W&B's other variables count as usual.
+            stage: the W&B run's job type and, with the folder's name, its name, unless ``WANDB_JOB_TYPE`` and
+                ``WANDB_NAME`` say others; ``WANDB_PROJECT``, ``WANDB_ENTITY`` and ``WANDB_RUN_GROUP`` count, too.
             mode: "offline" (records in run_dir/wandb, for ``wandb sync``), "online" or "off" (wandb is never
                 imported; so does ``WANDB_MODE=disabled``). A W&B that cannot start costs a warning and no more; it
                 never asks for a login.
